@@ -1,0 +1,33 @@
+"""PEP 517 hooks: setuptools' own, run with the torch that is installed where the package will be used.
+
+pip builds in an isolated environment. Compiling against a torch downloaded into that environment would give an extension
+for another torch than the one it is loaded into. So the site-packages of the surrounding environment, which pip hides
+from the build, are appended to `sys.path`: setuptools, ninja and pybind11 come from the isolated environment, torch from
+the real one.
+"""
+
+import sys
+import sysconfig
+from importlib.util import find_spec
+
+from setuptools import build_meta
+
+for _key in ("purelib", "platlib"):
+    _folder = sysconfig.get_paths()[_key]
+    if _folder not in sys.path:
+        sys.path.append(_folder)
+
+build_wheel = build_meta.build_wheel
+build_sdist = build_meta.build_sdist
+build_editable = build_meta.build_editable
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """Nothing beyond pyproject.toml, except torch itself where the environment has none."""
+    return [] if find_spec("torch") else ["torch>=2.11", "numpy"]
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
