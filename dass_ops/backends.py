@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from . import loading
+from .registration import ensure
 
 
 class Backend(str, enum.Enum):
@@ -63,6 +64,8 @@ def _triton_availability(device: str) -> Availability:
         return Availability(False, "triton is not installed (pip install triton)")
     if importlib.util.find_spec("dass_ops.triton_kernels") is None:
         return Availability(False, f"dass_ops.triton_kernels is not installed ({BUILD})")
+    if schema := loading.problem("_C"):
+        return Availability(False, schema)  # the operators' schemas live there
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return Availability(False, "Triton runs CPU tensors only interpreted (set TRITON_INTERPRET=1 before import)")
     return Availability(True)
@@ -86,9 +89,14 @@ def default_backend(device: str | torch.device = "cpu") -> Backend:
     return _resolve(torch.device(device).type, os.environ.get("DASS_OPS_BACKEND") or None)
 
 
+@torch.compiler.assume_constant_result
 def resolve(device: str, backend: Backend | str | None) -> Backend:
-    """The backend for tensors of the device type `device`, as asked for; ValueError or RuntimeError where it cannot be."""
-    return _resolve(device, str(backend) if backend else os.environ.get("DASS_OPS_BACKEND") or None)
+    """The backend for tensors of the device type `device`, as asked for, its operators defined; ValueError or RuntimeError
+    where it cannot be. torch.compile takes the answer as a constant."""
+    found = _resolve(device, str(backend) if backend else os.environ.get("DASS_OPS_BACKEND") or None)
+    if found is not Backend.REFERENCE:
+        ensure(SUFFIX[found])
+    return found
 
 
 @cache

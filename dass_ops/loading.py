@@ -41,8 +41,15 @@ def problem(module: str) -> str:
         )
     if module != "_C" and (schema := problem("_C")):
         return schema  # the schema lives there
+    if module == "_emulated":
+        return ""  # loaded once its operators are defined: registration.py
     try:
-        torch.ops.load_library(str(path))
+        load(module)
     except OSError as error:
         return f"dass_ops.{module} could not be loaded ({error})"
     return ""
+
+
+def load(module: str) -> None:
+    """Loads dass_ops.`module`, which registers its operators; OSError where the loader refuses."""
+    torch.ops.load_library(str(_find(module)))
