@@ -89,7 +89,6 @@ def default_backend(device: str | torch.device = "cpu") -> Backend:
     return _resolve(torch.device(device).type, os.environ.get("DASS_OPS_BACKEND") or None)
 
 
-@torch.compiler.assume_constant_result
 def resolve(device: str, backend: Backend | str | None) -> Backend:
     """The backend for tensors of the device type `device`, as asked for, its operators defined; ValueError or RuntimeError
     where it cannot be. torch.compile takes the answer as a constant."""
@@ -97,6 +96,10 @@ def resolve(device: str, backend: Backend | str | None) -> Backend:
     if found is not Backend.REFERENCE:
         ensure(SUFFIX[found])
     return found
+
+
+# What torch.compiler.assume_constant_result(resolve) sets; that function would import Dynamo, and Triton with it, here.
+resolve._dynamo_marked_constant = True
 
 
 @cache
