@@ -150,6 +150,10 @@ def extensions():
                 f"  CUDA  {architectures}" if not no_cuda else f"  CUDA  not built: {no_cuda}",
             ]
             print("\n".join(lines), file=sys.stderr, flush=True)
+            try:  # pip shows a build's output only with -v; the terminal, where there is one, is told anyway
+                Path("/dev/tty").write_text("\n" + "\n".join(lines) + "\n")
+            except OSError:
+                pass
 
     return modules, {"build_ext": Build.with_options(use_ninja=bool(shutil.which("ninja")), no_python_abi_suffix=False)}
 

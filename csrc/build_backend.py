@@ -6,16 +6,28 @@ from the build, are appended to `sys.path`: setuptools, ninja and pybind11 come 
 the real one.
 """
 
+import site
 import sys
 import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import build_meta
 
-for _key in ("purelib", "platlib"):
-    _folder = sysconfig.get_paths()[_key]
+
+def _outer_site_packages():
+    """Where the surrounding environment keeps its packages, with those of the system where it shows them."""
+    paths = [sysconfig.get_paths()]
+    configuration = Path(sys.prefix, "pyvenv.cfg")
+    if configuration.exists() and "include-system-site-packages = true" in configuration.read_text().lower():
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        paths.append(sysconfig.get_paths(vars=base))
+    return dict.fromkeys(p[key] for p in paths for key in ("purelib", "platlib"))
+
+
+for _folder in _outer_site_packages():
     if _folder not in sys.path:
-        sys.path.append(_folder)
+        site.addsitedir(_folder)  # appends, and follows .pth files as the interpreter would
 
 build_wheel = build_meta.build_wheel
 build_sdist = build_meta.build_sdist

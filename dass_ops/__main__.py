@@ -56,7 +56,7 @@ def main() -> int:
             good = error < 1e-4
             result = f"relative error {error:.1e}"
         except Exception as problem:
-            good, result = False, f"{type(problem).__name__}: {problem}"
+            good, result = False, f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
         failed += not good
         seconds = time.perf_counter() - start
         print(f"  {backend.value:<10} {'ok' if good else 'WRONG':<6} on {device}: {result}, {seconds:.2f} s")

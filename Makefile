@@ -1,0 +1,61 @@
+# Two commands: `make demo` trains, distils and uses a tagger; `make test` runs the tests. Both set up what they need, once.
+#
+# By default everything goes into .venv, with torch as pinned in constraints.txt. To use an environment that exists already
+# (nothing is downloaded):  make test VENV=/path/to/venv   or   make test PYTHON=/path/to/python
+
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt) $(shell sed -n 's/^torchaudio==/torchaudio==/p' constraints.txt)
+SOURCES := setup.py pyproject.toml csrc/build_backend.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest -n $(WORKERS) --dist loadfile
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  GIVEN := 1
+else ifdef VENV
+  PY := $(VENV)/bin/python
+  GIVEN := 1
+else
+  PY := .venv/bin/python
+endif
+STAMP := build/installed-$(shell printf '%s' "$(PY)" | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-slow setup lint clean help
+
+help: ## what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: setup ## set up, then train a teacher, distil DASS-tiny from it and tag with the result (about three minutes)
+	"$(PY)" -m dass.train
+
+test: setup ## set up, then the test-suite without the slow tests
+	$(PYTEST) -m "not slow" tests
+
+test-slow: setup ## the slow tests
+	$(PYTEST) -m slow tests
+
+lint: ## ruff
+	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+
+setup: $(STAMP)
+
+ifdef GIVEN
+$(STAMP): $(SOURCES)
+	@"$(PY)" -c "import torch, torchaudio" || { echo "$(PY) has no torch and torchaudio; install them there, or run make without VENV and PYTHON" >&2; exit 1; }
+	"$(PY)" -m pip install --no-build-isolation --no-deps --no-index -e . -v 2>&1 | tee build.log | sed -n '/dass_ops: built/,/CUDA/p'; grep -q 'Successfully installed' build.log || { cat build.log >&2; exit 1; }
+	@rm -f build.log; mkdir -p build; touch $@
+else
+$(STAMP): $(SOURCES) | .venv/torch
+	.venv/bin/pip install -q -c constraints.txt -e ".[dev,teachers]"
+	@.venv/bin/python -m dass_ops
+	@mkdir -p build; touch $@
+
+.venv/torch: constraints.txt
+	@command -v g++ >/dev/null || command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++ (or set CXX)" >&2; exit 1; }
+	test -x .venv/bin/pip || python3 -m venv .venv || { echo "python3 -m venv failed: apt-get install python3-venv python3-dev" >&2; exit 1; }
+	.venv/bin/pip install -q --upgrade pip
+	.venv/bin/pip install $(TORCH)
+	@touch $@
+endif
+
+clean: ## remove what was built; .venv and runs stay
+	rm -rf build *.egg-info dass_ops/*.so
