@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,25 +111,32 @@ def draw_timeline(
     """A PNG of the classes `rows` over time: one strip each, darker where the score is higher."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     scores, edges = picture.scores()[list(rows)], np.asarray(picture.edges)
     figure = Figure(figsize=(12, 1.6 + 0.32 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     rows_at = np.arange(len(rows) + 1)
-    mesh = axes.pcolormesh(edges, rows_at, scores, vmin=0.0, vmax=1.0, cmap="magma_r", rasterized=True)
+    mesh = axes.pcolormesh(edges, rows_at, scores, vmin=0.0, vmax=1.0, cmap="Blues", rasterized=True)
     for row in range(1, len(rows)):
-        axes.axhline(row, color="white", linewidth=1.5)
+        axes.axhline(row, color="silver", linewidth=1.0)
     axes.set_yticks(rows_at[:-1] + 0.5, [_shorten(labels[index]) for index in rows])
     axes.invert_yaxis()
     axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(MultipleLocator(_tick_step(edges[-1])))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: clock(seconds)))
     axes.set_xlabel("time [h:min:s]" if edges[-1] >= 3600 else "time [min:s]")
     axes.set_title(title, loc="left", fontsize=10)
     bar = figure.colorbar(mesh, ax=axes, label="score", pad=0.01, fraction=0.03, aspect=max(8, 2 * len(rows)))
-    bar.ax.axhline(threshold, color="tab:cyan", linewidth=1.5)
+    bar.ax.axhline(threshold, color="tab:red", linewidth=1.5)
     return atomic_write(path, lambda temporary: figure.savefig(temporary))
+
+
+def _tick_step(seconds: float, most: int = 12) -> float:
+    """A round number of seconds, minutes or hours that puts at most `most` ticks on an axis."""
+    steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200)
+    return next((step for step in steps if seconds <= step * most), 86400.0 * math.ceil(seconds / 86400 / most))
 
 
 def clock(seconds: float) -> str:
