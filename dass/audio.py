@@ -164,14 +164,17 @@ def stream_audio(path: str | Path, *, sample_rate: int = 16000, block: float = 1
         groups = max(round(block * file.samplerate / step_in), 1)
         pending = torch.zeros(0)
         context = 0  # groups at the front of `pending` that have been given out and serve as context
-        ended = False
+        ended = given = False
         while not ended:
             wanted = (context + groups + margin) * step_in - pending.numel()
             read = _read(file, wanted, path)
             ended = len(read) < wanted
             pending = torch.cat([pending, _mono(read, path)])
             if pending.numel() == 0:
+                if given:  # the file ended with the block before
+                    return
                 raise AudioError(path, "holds no samples")
+            given = True
             converted = resample(pending, step_in, step_out)
             last = converted.numel() if ended else (context + groups) * step_out
             if last > context * step_out:
