@@ -75,6 +75,8 @@ def extensions():
     common = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     common += os.environ.get("DASS_OPS_CXXFLAGS", "").split()
     link = os.environ.get("DASS_OPS_LDFLAGS", "").split()
+    # at::parallel_for needs OpenMP at compile time. It is not linked: the runtime must be the one that torch has loaded.
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
     include = [str(ROOT / "csrc")]
     modules = [
@@ -82,7 +84,7 @@ def extensions():
             "dass_ops._C",
             ["csrc/schema.cpp", *sources("csrc/cpu")],
             include_dirs=include,
-            extra_compile_args={"cxx": common},
+            extra_compile_args={"cxx": common + openmp},
             extra_link_args=link,
             depends=headers,
         )

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/List.h>
 
 #include <tuple>
 
@@ -99,7 +100,7 @@ inline Projection projection(at::Tensor& held, const at::Tensor& tensor, const S
 }
 
 inline ScanSizes scan_sizes(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, bool delta_softplus,
-                            at::ArrayRef<bool> reverse, int64_t chunk, at::ScalarType out_dtype) {
+                            const c10::List<bool>& reverse, int64_t chunk, at::ScalarType out_dtype) {
   TORCH_CHECK(delta.dim() == 4, "delta has shape ", delta.sizes(), "; expected (batch, directions, channels, length).");
   TORCH_CHECK(A.dim() == 3, "A has shape ", A.sizes(), "; expected (directions, channels, state).");
   ScanSizes sizes;
@@ -122,7 +123,7 @@ inline ScanSizes scan_sizes(const at::Tensor& u, const at::Tensor& delta, const 
               "reverse has ", reverse.size(), " flags; expected one for each of the ", sizes.directions,
               " directions (at most 64).");
   TORCH_CHECK(chunk >= 0, "chunk is ", chunk, "; expected a number of steps, or 0 to save no states.");
-  for (int64_t k = 0; k < sizes.directions; ++k) sizes.reverse |= static_cast<uint64_t>(reverse[k]) << k;
+  for (int64_t k = 0; k < sizes.directions; ++k) sizes.reverse |= static_cast<uint64_t>(reverse.get(k)) << k;
   sizes.shared = u.size(1) < sizes.directions;
   sizes.delta_softplus = delta_softplus;
   sizes.chunk = chunk;
@@ -177,7 +178,7 @@ struct ScanForwardCall {
   std::tuple<at::Tensor, at::Tensor, at::Tensor> outputs() const { return {out, last_state, boundary_states}; }
 };
 
-inline ScanForwardCall prepare_scan_forward(const ScanInputs& in, bool delta_softplus, at::ArrayRef<bool> reverse,
+inline ScanForwardCall prepare_scan_forward(const ScanInputs& in, bool delta_softplus, const c10::List<bool>& reverse,
                                             int64_t chunk, at::ScalarType out_dtype) {
   ScanForwardCall call;
   auto& arguments = call.prepared.arguments;
@@ -204,7 +205,7 @@ struct ScanBackwardCall {
 
 inline ScanBackwardCall prepare_scan_backward(const at::Tensor& d_out, const std::optional<at::Tensor>& d_last_state,
                                               const ScanInputs& in, const at::Tensor& boundary_states, bool delta_softplus,
-                                              at::ArrayRef<bool> reverse, int64_t chunk) {
+                                              const c10::List<bool>& reverse, int64_t chunk) {
   ScanBackwardCall call;
   auto& arguments = call.prepared.arguments;
   TORCH_CHECK(chunk > 0 || in.u.numel() == 0, "chunk is 0: the forward saved no states, so there is no backward.");
