@@ -62,7 +62,8 @@ def availability(backend: Backend, device: str) -> Availability:
 def _triton_availability(device: str) -> Availability:
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "triton is not installed (pip install triton)")
-    if importlib.util.find_spec("dass_ops.triton_kernels") is None:
+    spec = importlib.util.find_spec("dass_ops.triton_kernels")
+    if spec is None or spec.origin is None:  # absent, or a folder without the package in it
         return Availability(False, f"dass_ops.triton_kernels is not installed ({BUILD})")
     if schema := loading.problem("_C"):
         return Availability(False, schema)  # the operators' schemas live there

@@ -184,17 +184,17 @@ def project(x: Tensor, x_proj_weight: Tensor) -> Tensor:
     weight = x_proj_weight.to(x.dtype).reshape(1, -1, channels).expand(batch, -1, -1)
     with torch.autocast(x.device.type, enabled=False):
         x_dbl = torch.bmm(weight, x.reshape(batch, channels, height * width))
-    return x_dbl.view(batch, 4, -1, height, width)
+    return x_dbl.view(batch, 4, x_proj_weight.shape[1], height, width)
 
 
 def project_backward(d_x, d_x_dbl, x, x_proj_weight):
     """Adds W^T d_x_dbl to d_x in the product itself; returns d_x and the weight's gradient."""
     batch, channels, height, width = x.shape
     weight = x_proj_weight.to(x.dtype).reshape(1, -1, channels).expand(batch, -1, -1)
-    rows = d_x_dbl.reshape(batch, -1, height * width)
+    rows = d_x_dbl.reshape(batch, weight.shape[1], height * width)
     with torch.autocast(x.device.type, enabled=False):
-        d_x = torch.baddbmm(d_x.reshape(batch, channels, -1), weight.transpose(1, 2), rows).view(x.shape)
-        products = torch.bmm(rows, x.reshape(batch, channels, -1).transpose(1, 2))
+        d_x = torch.baddbmm(d_x.reshape(batch, channels, height * width), weight.transpose(1, 2), rows).view(x.shape)
+        products = torch.bmm(rows, x.reshape(batch, channels, height * width).transpose(1, 2))
     d_weight = products.sum(0, dtype=state_dtype(x.dtype)).to(x_proj_weight.dtype)
     return d_x, d_weight.view(x_proj_weight.shape)
 
