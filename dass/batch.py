@@ -30,7 +30,8 @@ class Batch:
     fbank: Tensor | None = None
     """(batch, frames, mel_bins) float32, augmented and normalised."""
     waveform: Tensor | None = None
-    """(batch, samples) float32, mixed, without mean, zero-padded to the longest; only with features on the device."""
+    """(batch, samples) float32, mixed, without mean, zero-padded to the longest; only where asked for (`waveforms`
+    or features on the device)."""
     lengths: Tensor | None = None
     """(batch,) int64: samples of each waveform."""
     roll: Tensor | None = None

@@ -89,6 +89,8 @@ class DataConfig:
     """Take a random part of a longer training clip; otherwise its beginning (as evaluation does)."""
     features: Literal["workers", "device"] = "workers"
     """Where spectrograms are computed: by the loader's workers, or on the model's device for a whole batch."""
+    waveforms: bool = False
+    """Hand the augmented waveforms on with each batch, for teachers that hear waveforms."""
     workers: int | None = None
     """Processes that prepare batches; 0: none; none given: one less than there are cores, at most 8."""
     cache: Path | None = None
@@ -168,7 +170,13 @@ def open_splits(
         front_end = dataclasses.replace(front_end, mean=mean, std=std)
     elif config.clip_seconds is not None:
         front_end = dataclasses.replace(front_end, frames=_frames(config, seconds))
-    options = dict(features=config.features, hashes=hashes, cache=config.cache, broken=broken)
+    options = dict(
+        features=config.features,
+        waveforms=config.waveforms,
+        hashes=hashes,
+        cache=config.cache,
+        broken=broken,
+    )
     train = AudioDataset(
         parts[0],
         front_end,
@@ -230,7 +238,7 @@ def _frames(config: DataConfig, seconds: np.ndarray) -> int:
     longest = np.nanquantile(seconds, 0.95, method="higher") if np.isfinite(seconds).any() else math.inf
     if longest * front_end.sample_rate >= front_end.samples:
         return front_end.frames
-    step = 32  # what the model's four halvings and patches make one column of
+    step = 8
     return math.ceil(front_end.frames_of(round(longest * front_end.sample_rate)) / step) * step
 
 

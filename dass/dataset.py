@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +124,7 @@ class AudioDataset:
         epoch_clips: examples of a training epoch; None: as many as there are clips.
         random_crop: take a random part of longer clips in training.
         features: "workers" or "device", see `DataConfig`.
+        waveforms: hand the augmented waveforms on with each batch, for teachers that hear those.
         hashes: give each example's audio hash (for cached teacher scores); costs decoding of whole files.
         cache: folder of a `FeatureCache`, or None.
         broken: tally of unreadable files, shared by the datasets of a run.
@@ -138,6 +140,7 @@ class AudioDataset:
         epoch_clips: int | None = None,
         random_crop: bool = False,
         features: Literal["workers", "device"] = "workers",
+        waveforms: bool = False,
         hashes: bool = False,
         cache: str | Path | None = None,
         broken: BrokenFiles | None = None,
@@ -153,6 +156,7 @@ class AudioDataset:
         self.augment = augment or NO_AUGMENTATION
         self.sampler, self.epoch_clips, self.random_crop = sampler, epoch_clips, random_crop
         self.features, self.hashes = features, hashes
+        self.waveforms = waveforms or features == "device"
         self.cache = None if cache is None else FeatureCache(cache, front_end)
         self.broken = BrokenFiles(len(self.source)) if broken is None else broken
         self._weights: np.ndarray | None = None
@@ -181,9 +185,16 @@ class AudioDataset:
     def balanced_weights(self) -> np.ndarray:
         """(clips,) float64 that sums to 1: weight of a clip ~ sum over its labels of 1/(clips with that label)."""
         if self._weights is None:
-            labels = [self.source.labels(index) for index in range(len(self))]
-            counts = np.bincount([label for entry in labels for label in entry], minlength=len(self.classes))
-            weights = np.array([sum(1.0 / counts[label] for label in entry) for entry in labels])
+            labels, sizes = array("i"), np.zeros(len(self), dtype=np.int64)
+            for index in range(len(self)):
+                entry = self.source.labels(index)
+                labels.extend(entry)
+                sizes[index] = len(entry)
+            values = np.frombuffer(labels, dtype=np.int32)
+            if values.size == 0:
+                raise ManifestError("the balanced sampler needs labels; not one clip has any")
+            shares = 1.0 / np.bincount(values)[values]
+            weights = np.bincount(np.repeat(np.arange(len(self)), sizes), weights=shares, minlength=len(self))
             self._weights = weights / weights.sum()
         return self._weights
 
@@ -231,7 +242,7 @@ class AudioDataset:
         self, index: int, choices: Draw, random: np.random.Generator, training: bool, broken: list[AudioError]
     ) -> _Example | None:
         crops = choices.crop if training and self.random_crop else (None, None)
-        changed = choices.mix_index >= 0 or choices.gain != 1.0 or self.features == "device"
+        changed = choices.mix_index >= 0 or choices.gain != 1.0 or self.waveforms
         if not changed:
             read = self._usable(index, random, training, broken, lambda clip: self._clean(clip, crops[0]))
             if read is None:
@@ -321,20 +332,15 @@ class AudioDataset:
             mix_hashes=tuple(example.mix_hash for example in examples) if self.hashes else (),
             broken=broken,
         )
-        if self.features == "workers":
-            fbank = roll_and_mask(
-                torch.stack([example.fbank for example in examples]), roll, keep_mel, keep_time
-            )
-            return replace(batch, fbank=self.log_mel.normalise(fbank))
-        waveforms = [example.waveform for example in examples]
-        return replace(
-            batch,
-            waveform=torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
-            lengths=torch.tensor([waveform.numel() for waveform in waveforms]),
-            roll=roll,
-            keep_mel=keep_mel,
-            keep_time=keep_time,
-        )
+        if self.waveforms:
+            sounds = [example.waveform for example in examples]
+            lengths = torch.tensor([sound.numel() for sound in sounds])
+            padded = torch.nn.utils.rnn.pad_sequence(sounds, batch_first=True)
+            batch = replace(batch, waveform=padded, lengths=lengths)
+        if self.features == "device":
+            return replace(batch, roll=roll, keep_mel=keep_mel, keep_time=keep_time)
+        fbank = roll_and_mask(torch.stack([example.fbank for example in examples]), roll, keep_mel, keep_time)
+        return replace(batch, fbank=self.log_mel.normalise(fbank))
 
 
 @dataclass

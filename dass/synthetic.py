@@ -8,7 +8,7 @@ over a coloured noise floor. Clip `i` of a split is a pure function of `(seed, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,13 +34,13 @@ class SyntheticConfig:
     """Different training clips."""
     eval_clips: int = 400
     """Different held-out clips."""
-    seconds: float = 2.56
+    seconds: float = 2.0
     """Length of a clip [s]."""
     max_events: int = 3
     """Most events in a clip; every clip has at least one [events]."""
-    snr_low: float = 6.0
+    snr_low: float = 10.0
     """Lowest level of an event above the noise floor, root mean square [dB]."""
-    snr_high: float = 24.0
+    snr_high: float = 30.0
     """Highest level of an event above the noise floor, root mean square [dB]."""
     seed: int = 0
     """Seed of the corpus; another seed is another corpus of the same classes."""
@@ -72,11 +72,21 @@ def _time(samples: int) -> Array:
     return np.arange(samples, dtype=np.float32) / np.float32(RATE)
 
 
-def _oscillator(frequency: Array | float, samples: int, random: Random) -> Array:
-    """A sine whose frequency [Hz] may vary; the phase is summed in float64, so that long tones keep their pitch."""
+def _tone(
+    frequency: Array | float, samples: int, random: Random, partials: Sequence[float] = (1.0,)
+) -> Array:
+    """Sines at 1, 2, 3, ... times a frequency [Hz] that may vary, with the strengths `partials`; none above 7.5 kHz.
+
+    The phase is summed in float64, so that a long tone keeps its pitch.
+    """
     steps = np.broadcast_to(np.asarray(frequency, dtype=np.float64) / RATE, (samples,))
-    phase = np.cumsum(steps) + random.random()
-    return np.sin(((phase % 1.0) * (2 * np.pi)).astype(np.float32))
+    cycles = ((np.cumsum(steps) + random.random()) % 1.0).astype(np.float32)
+    highest = np.max(frequency)
+    out = np.zeros(samples, dtype=np.float32)
+    for number, strength in enumerate(partials, start=1):
+        if strength and number * highest < 7500:
+            out += np.float32(strength) * np.sin(np.float32(2 * np.pi * number) * cycles)
+    return out
 
 
 def _noise(samples: int, random: Random, shape: Callable[[Array], Array]) -> Array:
@@ -116,7 +126,7 @@ def _knock(frequency: float, decay: float, random: Random, noise: float) -> Arra
     """A damped tone with some noise in its attack: clicks and thuds."""
     samples = max(int(6 * decay * RATE), 8)
     envelope = np.exp(-_time(samples) / np.float32(decay))
-    tone = _oscillator(frequency, samples, random)
+    tone = _tone(frequency, samples, random)
     return ((1 - noise) * tone + noise * random.standard_normal(samples, dtype=np.float32)) * envelope
 
 
@@ -124,64 +134,63 @@ def _knock(frequency: float, decay: float, random: Random, noise: float) -> Arra
 
 
 def _glide(samples: int, random: Random, direction: int) -> Array:
-    low = _log_uniform(random, 250, 900)
-    octaves = random.uniform(1.2, 2.6) * np.linspace(0, 1, samples)[::direction]
-    return _fade(_oscillator(low * 2.0**octaves, samples, random))
+    low = _log_uniform(random, 150, 350)
+    octaves = random.uniform(1.5, 2.5) * np.linspace(0, 1, samples)[::direction]
+    return _fade(_tone(low * 2.0**octaves, samples, random, [1, 0.8, 0.7, 0.6, 0.5]))
 
 
 def sweep_up(samples: int, random: Random) -> Array:
-    """One pure tone gliding up by one to three octaves."""
+    """A tone with overtones that glides up by about two octaves."""
     return _glide(samples, random, 1)
 
 
 def sweep_down(samples: int, random: Random) -> Array:
-    """One pure tone gliding down by one to three octaves."""
+    """A tone with overtones that glides down by about two octaves."""
     return _glide(samples, random, -1)
 
 
 def siren(samples: int, random: Random) -> Array:
-    """A tone that wails: up and down by about an octave, two to four times a second."""
-    centre, rate = _log_uniform(random, 600, 1500), random.uniform(2.0, 4.0)
-    octaves = random.uniform(0.35, 0.6) * np.sin(2 * np.pi * (rate * _time(samples) + random.random()))
-    return _fade(_oscillator(centre * 2.0**octaves, samples, random))
+    """A wail: a tone that goes up and down by about an octave, two to four times a second."""
+    centre, rate = _log_uniform(random, 600, 1100), random.uniform(2.0, 4.0)
+    octaves = random.uniform(0.4, 0.6) * np.sin(2 * np.pi * (rate * _time(samples) + random.random()))
+    return _fade(_tone(centre * 2.0**octaves, samples, random, [1, 0.6, 0.4]))
 
 
 def trill(samples: int, random: Random) -> Array:
-    """A tone that jumps between two pitches, a major second to a fourth apart, 10 to 16 times a second."""
-    low, rate = _log_uniform(random, 500, 1600), random.uniform(10, 16)
+    """A bird: a high pure tone that jumps between two pitches 10 to 16 times a second."""
+    low, rate = _log_uniform(random, 2200, 3600), random.uniform(10, 16)
     upper = (_time(samples) * np.float32(rate)).astype(np.int64) % 2
-    return _fade(_oscillator(low * 2.0 ** (upper * random.uniform(2, 5) / 12), samples, random))
+    return _fade(_tone(low * 2.0 ** (upper * random.uniform(4, 7) / 12), samples, random))
 
 
 def beeps(samples: int, random: Random) -> Array:
-    """A pure tone of one pitch, switched on and off three to six times a second."""
+    """An alarm clock: a hollow tone of one pitch, switched on and off three to six times a second."""
     rate = random.uniform(3, 6)
-    length = int(0.5 * RATE / rate)
-    beep = _fade(_oscillator(_log_uniform(random, 500, 3000), length, random))
+    beep = _fade(_tone(_log_uniform(random, 700, 1100), int(0.5 * RATE / rate), random, [1, 0, 0.6, 0, 0.4]))
     return _place([k / rate for k in range(int(np.ceil(samples / RATE * rate)))], beep, samples)
 
 
 def buzz(samples: int, random: Random) -> Array:
-    """A steady harmonic tone: a low pitch with eight to fourteen overtones, like an organ reed."""
-    pitch = _log_uniform(random, 120, 400)
-    harmonics = [_oscillator(pitch * k, samples, random) / k**0.5 for k in range(1, random.integers(9, 16))]
-    return _fade(np.sum(harmonics, axis=0, dtype=np.float32), 0.03)
+    """A steady low tone with a dozen overtones, like an organ reed."""
+    return _fade(
+        _tone(_log_uniform(random, 120, 300), samples, random, [k**-0.5 for k in range(1, 14)]), 0.03
+    )
 
 
 def bell(samples: int, random: Random) -> Array:
-    """A struck bell: five inharmonic partials that start at once and ring out, the higher the sooner."""
-    pitch, ring = _log_uniform(random, 350, 900), random.uniform(0.25, 0.5)
+    """A struck bell: inharmonic partials that start at once and ring out, the higher the sooner."""
+    pitch, ring = _log_uniform(random, 350, 800), random.uniform(0.3, 0.6)
     time = _time(samples)
     partials = [
-        _oscillator(pitch * ratio, samples, random) * np.exp(-time * np.float32(ratio**0.5 / ring))
-        for ratio in (1.0, 1.51, 2.0, 2.76, 5.4)
+        _tone(pitch * ratio, samples, random) * np.exp(-time * np.float32(ratio**0.5 / ring))
+        for ratio in (1.0, 1.51, 2.0, 2.76, 5.4, 8.9)
     ]
     return np.sum(partials, axis=0, dtype=np.float32)
 
 
 def clicks(samples: int, random: Random) -> Array:
-    """A train of sharp clicks at an even pace, 8 to 18 a second."""
-    rate = random.uniform(8, 18)
+    """A train of sharp clicks at an even pace, 10 to 18 a second."""
+    rate = random.uniform(10, 18)
     click = _knock(_log_uniform(random, 2000, 5000), 0.0015, random, 0.5)
     return _place([k / rate for k in range(int(samples / RATE * rate))], click, samples)
 
@@ -198,24 +207,24 @@ def bouncing(samples: int, random: Random) -> Array:
 
 
 def burst(samples: int, random: Random) -> Array:
-    """One burst of wide-band noise: it starts at once and dies away within a third of a second."""
-    low = _log_uniform(random, 200, 1000)
-    noise = _noise(samples, random, _band(low, low * random.uniform(6, 10)))
-    return noise * np.exp(-_time(samples) / np.float32(random.uniform(0.06, 0.13)))
+    """A crash: one bright burst of noise that starts at once and dies away within a second."""
+    noise = _noise(samples, random, _band(_log_uniform(random, 1200, 2500), 7800))
+    return noise * np.exp(-_time(samples) / np.float32(random.uniform(0.15, 0.3)))
 
 
 def chuffing(samples: int, random: Random) -> Array:
-    """Amplitude-modulated noise: it swells and fades four to nine times a second, like a steam engine."""
-    noise = _noise(samples, random, _band(_log_uniform(random, 300, 800), _log_uniform(random, 3000, 6500)))
+    """Amplitude-modulated noise: dull, swelling and fading four to nine times a second, like a steam engine."""
+    noise = _noise(samples, random, _band(_log_uniform(random, 150, 300), _log_uniform(random, 1500, 3000)))
     beat = np.sin(np.pi * (random.uniform(4, 9) * _time(samples) + np.float32(random.random())))
     return _fade(noise * (beat * beat) ** np.float32(1.5))
 
 
 def warble(samples: int, random: Random) -> Array:
-    """Frequency-modulated noise: a tone whose pitch trembles at random, a hoarse whistle."""
+    """Frequency-modulated noise: a tone whose pitch trembles at random, a hoarse voice."""
     wander = _noise(samples, random, _band(8, 45))
     wander *= np.float32(random.uniform(0.14, 0.22)) / (wander.std() + np.float32(1e-9))
-    return _fade(_oscillator(_log_uniform(random, 700, 2200) * 2.0**wander, samples, random))
+    pitch = _log_uniform(random, 400, 900) * 2.0**wander
+    return _fade(_tone(pitch, samples, random, [1, 0.8, 0.6, 0.5]))
 
 
 @dataclass(frozen=True)
@@ -228,16 +237,16 @@ class Event:
 
 
 EVENTS: tuple[Event, ...] = (
-    Event(sweep_up, 0.5, 1.2),
-    Event(sweep_down, 0.5, 1.2),
+    Event(sweep_up, 0.6, 1.2),
+    Event(sweep_down, 0.6, 1.2),
     Event(siren, 0.9, 1.5),
     Event(trill, 0.6, 1.3),
     Event(beeps, 0.8, 1.5),
-    Event(buzz, 0.5, 1.3),
+    Event(buzz, 0.6, 1.3),
     Event(bell, 0.9, 1.4),
     Event(clicks, 0.6, 1.3),
     Event(bouncing, 1.0, 1.5),
-    Event(burst, 0.3, 0.6),
+    Event(burst, 0.7, 1.2),
     Event(chuffing, 0.8, 1.5),
     Event(warble, 0.6, 1.3),
 )
