@@ -127,8 +127,8 @@ def load_audio(
 def _ratio(rate_in: int, rate_out: int) -> tuple[int, int]:
     """The two rates as a ratio of small numbers; exact for the usual rates.
 
-    The filter of `torchaudio.functional.resample` has (in x out) taps after reduction, which for coprime rates such as
-    44101 -> 16000 would be gigabytes. There, the nearest ratio with a small denominator is off by < 1e-6 in pitch.
+    The filter of `torchaudio.functional.resample` has (in x out) taps after reduction, gigabytes for coprime rates such
+    as 44101 -> 16000. Those get the nearest ratio of small numbers: pitch and time are off by less than 0.05 %.
     """
     ratio = Fraction(rate_in, rate_out)
     bound = 1000

@@ -235,10 +235,11 @@ def _read_folder(folder: Path, label_regex: str | None) -> list[_Entry]:
 
 def _audio_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.name.startswith((".", "_")):
+        if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _audio_files(path)
+            if not path.name.startswith("_"):  # Speech Commands' _background_noise_
+                yield from _audio_files(path)
         elif path.suffix.lower() in AUDIO_SUFFIXES:
             yield path
 

@@ -89,13 +89,18 @@ def _tone(
     return out
 
 
+def _root_mean_square(sound: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(sound)) + 1e-12))
+
+
 def _noise(samples: int, random: Random, shape: Callable[[Array], Array]) -> Array:
-    """Gaussian noise whose amplitude spectrum is `shape(frequency [Hz])`."""
+    """Gaussian noise of root mean square 1 whose amplitude spectrum is like `shape(frequency [Hz])`."""
     size = 1 << (max(samples, 2) - 1).bit_length()
     frequency = np.fft.rfftfreq(size, 1 / RATE).astype(np.float32)
     white = random.standard_normal((2, frequency.size), dtype=np.float32)
     spectrum = (white[0] + 1j * white[1]) * shape(frequency)
-    return np.fft.irfft(spectrum, size)[:samples].astype(np.float32)
+    noise = np.fft.irfft(spectrum, size)[:samples].astype(np.float32)
+    return noise / np.float32(_root_mean_square(noise))
 
 
 def _band(low: float, high: float) -> Callable[[Array], Array]:
@@ -222,7 +227,7 @@ def chuffing(samples: int, random: Random) -> Array:
 def warble(samples: int, random: Random) -> Array:
     """Frequency-modulated noise: a tone whose pitch trembles at random, a hoarse voice."""
     wander = _noise(samples, random, _band(8, 45))
-    wander *= np.float32(random.uniform(0.14, 0.22)) / (wander.std() + np.float32(1e-9))
+    wander *= np.float32(random.uniform(0.14, 0.22))
     pitch = _log_uniform(random, 400, 900) * 2.0**wander
     return _fade(_tone(pitch, samples, random, [1, 0.8, 0.6, 0.5]))
 
@@ -256,10 +261,6 @@ def synthetic_classes() -> tuple[LabelClass, ...]:
     """The classes of the corpus, in the order of their indices."""
     names = [event.make.__name__ for event in EVENTS]
     return tuple(LabelClass(index, name, name.replace("_", " ")) for index, name in enumerate(names))
-
-
-def _root_mean_square(sound: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(sound)) + 1e-12))
 
 
 class SyntheticCorpus:
@@ -323,10 +324,9 @@ class SyntheticCorpus:
             )
         random, labels = self._begin(index)
         slope = random.uniform(0.0, 0.8)  # of the noise floor's amplitude spectrum: white to nearly brown
-        floor = _noise(
+        mixture = _noise(
             self.samples, random, lambda frequency: np.maximum(frequency, 40.0) ** np.float32(-slope)
         )
-        mixture = floor / np.float32(_root_mean_square(floor))
         for label in labels:
             event = EVENTS[label]
             length = int(random.uniform(event.shortest, event.longest) * RATE)
