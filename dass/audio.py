@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64".split())
+RESAMPLING_MARGIN = (
+    0.01  # s read beyond a part's end, so that its last samples are not those of a file that ends there
+)
 WINDOW_MS = 25.0  # Kaldi's frame length, which the published front end leaves at its default
 
 
@@ -119,9 +122,10 @@ def load_audio(
     `start` and `duration` [s] read a part; a file that ends earlier gives what there is. Raises `AudioError`, which
     names the file and what is wrong with it.
     """
-    waveform, rate = load_native(path, start=start, duration=duration)
-    waveform = resample(waveform, rate, sample_rate)
-    return waveform if duration is None else waveform[: max(round(duration * sample_rate), 1)]
+    if duration is None:
+        return resample(*load_native(path, start=start), sample_rate)
+    waveform, rate = load_native(path, start=start, duration=duration + RESAMPLING_MARGIN)
+    return resample(waveform, rate, sample_rate)[: max(round(duration * sample_rate), 1)]
 
 
 def _ratio(rate_in: int, rate_out: int) -> tuple[int, int]:

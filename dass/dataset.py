@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dass.audio import AudioError, LogMel, LogMelConfig, audio_hash, audio_info, load_native, resample
+from dass.audio import (
+    RESAMPLING_MARGIN,
+    AudioError,
+    LogMel,
+    LogMelConfig,
+    audio_hash,
+    audio_info,
+    load_audio,
+    load_native,
+    resample,
+)
 from dass.augment import NO_AUGMENTATION, AugmentConfig, Draw, draw, mix_targets, mix_waveforms, roll_and_mask
 from dass.batch import Batch
 from dass.feature_cache import FeatureCache
@@ -103,14 +113,11 @@ class FileClips:
     ) -> tuple[Tensor, str]:
         path = self.file(index)
         if not hashed:
-            waveform, rate = load_native(path, start=start, duration=duration)
-            identity = ""
-        else:
-            whole, rate = load_native(path)
-            identity = audio_hash(whole)
-            first = round(start * rate)
-            waveform = whole[first : first + max(math.ceil(duration * rate), 1)]
-        return resample(waveform, rate, sample_rate)[: max(round(duration * sample_rate), 1)], identity
+            return load_audio(path, sample_rate=sample_rate, start=start, duration=duration), ""
+        whole, rate = load_native(path)
+        first = round(start * rate)
+        part = whole[first : first + math.ceil((duration + RESAMPLING_MARGIN) * rate)]
+        return resample(part, rate, sample_rate)[: max(round(duration * sample_rate), 1)], audio_hash(whole)
 
 
 class AudioDataset:

@@ -76,7 +76,7 @@ def test_padded_batch_equals_one_by_one(lengths, frames, block):
     log_mel.block_frames = 8192
     for row, waveform in zip(together, waveforms, strict=True):
         alone = log_mel(waveform)
-        torch.testing.assert_close(row[: len(alone)], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(row[: len(alone)], alone, rtol=0, atol=1e-4)
         torch.testing.assert_close(
             row[len(alone) :], torch.full_like(row[len(alone) :], log_mel.config.padding)
         )
@@ -174,7 +174,8 @@ def test_parts_of_a_file(write):
     torch.testing.assert_close(load_audio(path, start=1.5, duration=9.0), sound[24000:])
     with pytest.raises(AudioError, match=r"ends at 2\.00 s"):
         load_audio(path, start=2.5)
-    assert len(load_audio(path, sample_rate=8000, duration=0.5)) == 4000
+    part, whole = load_audio(path, sample_rate=8000, duration=0.5), load_audio(path, sample_rate=8000)
+    torch.testing.assert_close(part, whole[:4000], rtol=0, atol=1e-6)  # also its last samples
 
 
 @settings(deadline=None, max_examples=25)

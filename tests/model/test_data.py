@@ -1,0 +1,651 @@
+"""Manifests, splits, and batches that are the same however they are made."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dass.audio import LogMel, LogMelConfig, audio_hash, load_audio
+from dass.augment import AugmentConfig, mix_waveforms
+from dass.batch import Batch
+from dass.data import (
+    AudioDataset,
+    BrokenFiles,
+    BrokenFilesError,
+    DataConfig,
+    ManifestError,
+    build_loader,
+    feature_statistics,
+    open_splits,
+    read_manifest,
+)
+from dass.loader import epoch_order
+from dass.manifest import Clip, LabelClass, Manifest
+from dass.splits import split_by_fold, split_by_fraction, split_by_list, split_by_regex
+from dass.synthetic import SyntheticConfig, SyntheticCorpus
+
+FRONT_END = LogMelConfig(frames=48, mel_bins=32)
+
+
+def write_sound(path, seconds=0.3, rate=16000, seed=None, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(abs(hash(path.name)) if seed is None else seed)
+    soundfile.write(path, 0.1 * random.standard_normal((int(seconds * rate), channels)), rate)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of eight recordings of different length, rate and format."""
+    for label in ("cat", "dog", "owl"):
+        for take in range(8):
+            suffix, rate = [("wav", 16000), ("flac", 22050), ("wav", 8000)][take % 3]
+            write_sound(tmp_path / "set" / label / f"{label}-{take}.{suffix}", 0.2 + 0.07 * take, rate)
+    return tmp_path / "set"
+
+
+def tensors_of(batch):
+    names = ("target", "index", "mix_index", "mix_lambda", "fbank", "waveform", "lengths")
+    return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+
+
+def assert_same(first: Batch, second: Batch):
+    """Bitwise."""
+    assert tensors_of(first).keys() == tensors_of(second).keys()
+    for name, tensor in tensors_of(first).items():
+        assert torch.equal(tensor, tensors_of(second)[name]), name
+    assert first.audio_hashes == second.audio_hashes
+
+
+# --- the forms of manifests ------------------------------------------------------------------------------------------
+
+
+def test_folder_per_class(folder):
+    write_sound(folder / "_background_noise_" / "hum.wav")
+    write_sound(folder / "cat" / "deeper" / "_0.wav")
+    (folder / "cat" / "notes.txt").write_text("no sound")
+    manifest = read_manifest(folder)
+    assert manifest.classes == tuple(
+        LabelClass(i, name, name) for i, name in enumerate(("cat", "dog", "owl"))
+    )
+    assert manifest.label_counts().tolist() == [9, 8, 8]
+    clip = next(clip for clip in manifest.clips if clip.key == "owl/owl-3.wav")
+    assert clip == Clip(folder / "owl" / "owl-3.wav", (2,), "owl/owl-3.wav")
+
+
+def test_flat_folder_with_the_label_in_the_name(tmp_path):
+    for digit in range(3):
+        for speaker in ("theo", "lucas"):
+            write_sound(tmp_path / f"{digit}_{speaker}_0.wav")
+    with pytest.raises(ManifestError, match=r"6 sound files and no such sub-folder.*--data.label-regex"):
+        read_manifest(tmp_path)
+    manifest = read_manifest(tmp_path, label_regex=r"^(\d)_", group_regex=r"_(\w+)_")
+    assert [entry.id for entry in manifest.classes] == ["0", "1", "2"]
+    assert {(clip.labels[0], clip.group) for clip in manifest} == {
+        (d, s) for d in range(3) for s in ("theo", "lucas")
+    }
+    assert len(read_manifest(tmp_path, label_regex=r"^(\d)_", exclude="theo")) == 3
+    for pattern, message in (
+        (r"^(\d)-", "finds nothing in"),
+        (r"^\d_", "group in parentheses"),
+        ("(", "regular exp"),
+    ):
+        with pytest.raises(ManifestError, match=message):
+            read_manifest(tmp_path, label_regex=pattern)
+
+
+def test_csv(tmp_path):
+    (tmp_path / "list.csv").write_text(
+        "path,label,fold\nb.wav,rain; wind,1\nsub/a.wav,rain,2\n/abs/c.wav,,2\n"
+    )
+    manifest = read_manifest(tmp_path / "list.csv")
+    assert [entry.id for entry in manifest.classes] == ["rain", "wind"]
+    assert [clip.labels for clip in manifest] == [(0, 1), (0,), ()]
+    assert [str(clip.path) for clip in manifest] == [
+        str(tmp_path / "b.wav"),
+        str(tmp_path / "sub/a.wav"),
+        "/abs/c.wav",
+    ]
+    assert manifest.has_folds
+    training, held_out = split_by_fold(manifest, 1)
+    assert [clip.key for clip in held_out] == ["b.wav"]
+    assert len(training) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.wav,dog\nb.wav,cat\n", r"columns path,label .*found a\.wav, dog"),
+        ("path,label\n", "no clips"),
+        ("path,label\na.wav\n", "line 2"),
+        ("path,label\na.wav,\n", "not one clip has a label"),
+    ],
+)
+def test_csv_that_is_none(tmp_path, text, message):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / "list.csv")
+
+
+def test_esc50_layout(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "meta" / "esc50.csv").write_text(
+        "filename,fold,target,category,esc10,src_file,take\n"
+        "1-A.wav,1,20,crying_baby,True,77,A\n1-B.wav,1,20,crying_baby,True,77,B\n2-A.wav,2,0,dog,True,5,A\n"
+    )
+    for source in (tmp_path, tmp_path / "meta" / "esc50.csv"):
+        manifest = read_manifest(source)
+        assert manifest.classes == (LabelClass(0, "dog", "dog"), LabelClass(1, "crying_baby", "crying baby"))
+        expected = Clip(tmp_path / "audio" / "1-B.wav", (1,), "1-B.wav", "1", "77")
+        assert manifest[1] == expected
+    with pytest.raises(ManifestError, match="no fold 5; it has 1, 2"):
+        split_by_fold(manifest, 5)
+
+
+def write_audioset(tmp_path, labels=("/m/1,/m/0", "/m/2")):
+    (tmp_path / "class_labels_indices.csv").write_text(
+        'index,mid,display_name\n0,/m/0,"Speech, male"\n1,/m/1,Music\n2,/m/2,Dog\n'
+    )
+    data = [{"wav": f"{i}.wav", "labels": entry} for i, entry in enumerate(labels)]
+    (tmp_path / "train.json").write_text(json.dumps({"data": data}))
+    return tmp_path / "train.json"
+
+
+def test_audioset_json(tmp_path):
+    manifest = read_manifest(write_audioset(tmp_path))
+    assert manifest.classes[0] == LabelClass(0, "/m/0", "Speech, male")
+    assert [clip.labels for clip in manifest] == [(0, 1), (2,)]
+    assert manifest[0].path == tmp_path / "0.wav"
+    shutil.move(tmp_path / "class_labels_indices.csv", tmp_path / "moved.csv")
+    with pytest.raises(ManifestError, match="--data.classes"):
+        read_manifest(tmp_path / "train.json")
+    assert len(read_manifest(tmp_path / "train.json", classes=tmp_path / "moved.csv").classes) == 3
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"data": [{"wav": "a.wav"}]}', '{"data": [3]}'])
+def test_json_that_is_none(tmp_path, text):
+    write_audioset(tmp_path).write_text(text)
+    with pytest.raises(ManifestError, match='expected {"data"'):
+        read_manifest(tmp_path / "train.json")
+
+
+def test_fsd50k(tmp_path):
+    truth = tmp_path / "FSD50K.ground_truth"
+    truth.mkdir()
+    (tmp_path / "FSD50K.dev_audio").mkdir()
+    (truth / "dev.csv").write_text(
+        'fname,labels,mids,split\n7,"Purr,Cat","/m/p,/m/c",train\n8,Cat,/m/c,val\n'
+    )
+    manifest = read_manifest(truth / "dev.csv")
+    assert [(entry.id, entry.name) for entry in manifest.classes] == [("/m/c", "Cat"), ("/m/p", "Purr")]
+    assert manifest[0] == Clip(tmp_path / "FSD50K.dev_audio" / "7.wav", (0, 1), "7.wav", "train")
+    assert len(split_by_fold(manifest, "val")[1]) == 1
+
+
+def test_unknown_label_names_the_nearest(folder):
+    other = folder.parent / "other"
+    write_sound(other / "dogg" / "a.wav")
+    with pytest.raises(ManifestError, match=r"'dogg' of dogg/a\.wav.*nearest is 'dog'"):
+        read_manifest(other, classes=read_manifest(folder).classes)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ManifestError, match="no such file"):
+        read_manifest(tmp_path / "absent")
+    with pytest.raises(ManifestError, match="found none"):
+        read_manifest(tmp_path)
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(ManifestError, match=r"\.csv or a \.json"):
+        read_manifest(tmp_path / "list.txt")
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def manifest_of(clips):
+    classes = [LabelClass(i, f"c{i}", f"c{i}") for i in range(4)]
+    return Manifest([Clip(f"/x/{key}", labels, key, "", group) for key, labels, group in clips], classes)
+
+
+@settings(deadline=None)
+@given(
+    entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=8, max_size=60),
+    fraction=st.floats(0.05, 0.5),
+    seed=st.integers(0, 5),
+)
+def test_fraction_keeps_groups_whole_and_ignores_order(entries, fraction, seed):
+    clips = [(f"{i}.wav", (label,), f"{label}-{group}") for i, (label, group) in enumerate(entries)]
+    if all(len({g for _, (c,), g in clips if c == label}) < 2 for label in range(4)):
+        return
+    training, held_out = split_by_fraction(manifest_of(clips), fraction, seed)
+    assert {clip.key for clip in training} | {clip.key for clip in held_out} == {key for key, *_ in clips}
+    assert len(training) + len(held_out) == len(clips)
+    assert not {clip.group for clip in training} & {clip.group for clip in held_out}
+    again = split_by_fraction(manifest_of(clips[::-1]), fraction, seed)[1]
+    assert {clip.key for clip in again} == {clip.key for clip in held_out}
+    for label in range(4):  # every class with two groups is on both sides
+        if len({g for _, (c,), g in clips if c == label}) > 1:
+            assert training.label_counts()[label]
+            assert held_out.label_counts()[label]
+
+
+def test_fraction_is_about_what_was_asked_for():
+    clips = [(f"{i}.wav", (i % 4,), "") for i in range(400)]
+    for seed in range(3):
+        held_out = split_by_fraction(manifest_of(clips), 0.2, seed)[1]
+        assert held_out.label_counts().tolist() == [20] * 4
+
+
+def test_regex_and_list(folder, tmp_path):
+    manifest = read_manifest(folder)
+    training, held_out = split_by_regex(manifest, r"-[0-4]\.")
+    assert (len(training), len(held_out)) == (9, 15)
+    (tmp_path / "list.txt").write_text("cat/cat-0.wav\n\ndog/dog-1.flac\n")
+    assert [clip.key for clip in split_by_list(manifest, tmp_path / "list.txt")[1]] == [
+        "cat/cat-0.wav",
+        "dog/dog-1.flac",
+    ]
+    (tmp_path / "list.txt").write_text("cat/cat-99.wav\n")
+    with pytest.raises(ManifestError, match=r"cat/cat-99\.wav"):
+        split_by_list(manifest, tmp_path / "list.txt")
+    for pattern in ("nothing", "."):
+        with pytest.raises(ManifestError, match="leaves no"):
+            split_by_regex(manifest, pattern)
+
+
+# --- the order of an epoch -------------------------------------------------------------------------------------------
+
+
+class Numbers(SyntheticCorpus):
+    """A corpus of any size whose clips cost nothing."""
+
+    def __init__(self, clips):
+        super().__init__(SyntheticConfig(train_clips=clips))
+
+    def read(self, index, *, sample_rate, start, duration, hashed):
+        return torch.linspace(-1, 1, 400) * (index + 1) / 100, f"hash-{index}" if hashed else ""
+
+
+def dataset_of(clips, **options):
+    return AudioDataset(Numbers(clips), LogMelConfig(frames=1, mel_bins=16), **options)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    clips=st.integers(1, 40),
+    per_process=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+    training=st.booleans(),
+    epoch_clips=st.none() | st.integers(1, 90),
+    epoch=st.integers(0, 3),
+)
+def test_processes_share_an_epoch(clips, per_process, world_size, training, epoch_clips, epoch):
+    """Any number of processes makes the examples of one process, each batch divided among them."""
+    dataset = dataset_of(clips, epoch_clips=epoch_clips, augment=AugmentConfig())
+    options = dict(batch_size=per_process * world_size, seed=3, epoch=epoch, training=training, workers=0)
+    alone = list(build_loader(dataset, **options))
+    parts = [list(build_loader(dataset, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+    for number, batch in enumerate(alone):
+        shares = [part[number] for part in parts if number < len(part)]
+        for rank, share in enumerate(shares):
+            for name, tensor in tensors_of(share).items():
+                assert torch.equal(tensor, tensors_of(batch)[name][rank::world_size]), name
+        assert sum(map(len, shares)) == len(batch)
+    indices = torch.cat([batch.index for batch in alone]).tolist()
+    if not training:
+        assert indices == list(range(clips))
+        assert len(build_loader(dataset, **options)) == len(alone)
+        return
+    size = epoch_clips or clips
+    assert all(len(batch) == options["batch_size"] for batch in alone)
+    assert len(alone) == -(-size // options["batch_size"])
+    for start in range(0, size - clips + 1, clips):  # each round of the clips is a permutation
+        assert sorted(indices[start : start + clips]) == list(range(clips))
+    if size < clips:
+        assert len(set(indices[:size])) == size
+
+
+@settings(deadline=None, max_examples=25)
+@given(clips=st.integers(1, 30), batch=st.integers(1, 7), start=st.integers(0, 40), training=st.booleans())
+def test_resuming_at_any_batch(clips, batch, start, training):
+    dataset = dataset_of(clips, augment=AugmentConfig())
+    options = dict(batch_size=batch, seed=1, epoch=2, training=training, workers=0)
+    whole = list(build_loader(dataset, **options))
+    rest = build_loader(dataset, start_batch=start, **options)
+    assert len(rest) == max(len(whole) - start, 0)
+    resumed = list(rest)
+    assert len(resumed) == len(whole[start:])
+    for first, second in zip(whole[start:], resumed, strict=True):
+        assert_same(first, second)
+
+
+def test_epochs_and_seeds_differ():
+    dataset = dataset_of(50)
+    orders = [tuple(epoch_order(dataset, seed, epoch, True)) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_balanced_sampler():
+    """Weight of a clip = sum over its labels of 1/(clips with that label)."""
+    clips = [("a", (0,), ""), ("b", (0,), ""), ("c", (0, 1), ""), ("d", (2,), ""), ("e", (), "")]
+    dataset = AudioDataset(manifest_of(clips), FRONT_END, sampler="balanced", epoch_clips=20_000)
+    expected = np.array([1 / 3, 1 / 3, 1 / 3 + 1, 1, 0])
+    np.testing.assert_allclose(dataset.balanced_weights(), expected / expected.sum())
+    drawn = np.bincount(epoch_order(dataset, 0, 0, True), minlength=5) / 20_000
+    np.testing.assert_allclose(drawn, expected / expected.sum(), atol=0.015)
+    with pytest.raises(ManifestError, match="labels"):
+        AudioDataset(manifest_of([("a", (), "")]), FRONT_END).balanced_weights()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3, "world_size": 2}, "multiple of world_size = 2, got 3"),
+        ({"batch_size": 0}, "got 0"),
+        ({"batch_size": 2, "world_size": 2, "rank": 2}, "rank"),
+        ({"batch_size": 2, "epoch": -1}, "epoch"),
+    ],
+)
+def test_loader_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_loader(dataset_of(4), **options)
+
+
+# --- batches of real files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["workers", "device"])
+@pytest.mark.parametrize("training", [False, True])
+def test_workers_do_not_show(folder, features, training):
+    dataset = AudioDataset(
+        read_manifest(folder),
+        FRONT_END,
+        augment=AugmentConfig(roll=5, gain=3.0),
+        random_crop=True,
+        features=features,
+        hashes=True,
+    )
+    options = dict(batch_size=5, seed=4, epoch=1, training=training)
+    torch.set_num_threads(2)  # a sum over two threads rounds differently, here as in the trainer
+    alone = list(build_loader(dataset, workers=0, **options))
+    state = torch.get_rng_state()
+    for first, second in zip(alone, build_loader(dataset, workers=2, **options), strict=True):
+        assert_same(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    if training:
+        assert max(batch.mix_index.max() for batch in alone) >= 0
+
+
+def test_an_evaluation_batch_is_the_front_end_of_the_files(folder):
+    manifest = read_manifest(folder)
+    dataset = AudioDataset(manifest, FRONT_END, augment=AugmentConfig(), random_crop=True)
+    log_mel = LogMel(FRONT_END)
+    for batch in build_loader(dataset, batch_size=7, workers=0):
+        for row, index in enumerate(batch.index.tolist()):
+            waveform = load_audio(manifest[index].path)[: FRONT_END.samples]
+            torch.testing.assert_close(batch.fbank[row], log_mel(waveform), rtol=0, atol=1e-4)
+            assert batch.target[row].nonzero().flatten().tolist() == list(manifest[index].labels)
+        assert (batch.mix_index == -1).all()
+        assert (batch.mix_lambda == 1).all()
+
+
+def test_a_training_batch_is_the_recipe(folder):
+    """Every example, computed again by hand: two waveforms mixed, one filter bank, one band and one stretch masked."""
+    manifest = read_manifest(folder)
+    dataset = AudioDataset(manifest, FRONT_END, augment=AugmentConfig(mixup_rate=1.0), waveforms=True)
+    (batch,) = build_loader(dataset, batch_size=24, training=True, workers=0)
+    log_mel = LogMel(FRONT_END)
+    for row in range(24):
+        first, second = batch.index[row].item(), batch.mix_index[row].item()
+        share = batch.mix_lambda[row].item()
+        sounds = [load_audio(manifest[i].path)[: FRONT_END.samples] for i in (first, second)]
+        mixture = mix_waveforms(*sounds, share)
+        torch.testing.assert_close(batch.waveform[row, : batch.lengths[row]], mixture)
+        expected = log_mel(mixture)
+        masked = (batch.fbank[row] == FRONT_END.padding) & (expected != FRONT_END.padding)
+        torch.testing.assert_close(batch.fbank[row][~masked], expected[~masked], rtol=0, atol=1e-4)
+        rows, columns = masked.all(1), masked[: FRONT_END.frames_of(len(mixture))].all(0)
+        assert (masked == (rows[:, None] | columns) & (expected != FRONT_END.padding)).all()
+        target = share * dataset.target(first) + (1 - share) * dataset.target(second)
+        torch.testing.assert_close(batch.target[row], target)
+
+
+def test_features_on_the_device_equal_those_of_the_workers(folder):
+    manifest = read_manifest(folder)
+    augment = AugmentConfig(roll=5, gain=3.0)
+    options = dict(batch_size=6, training=True, workers=0)
+    made = [
+        [b.with_features(LogMel(FRONT_END)) for b in build_loader(dataset, **options)]
+        for dataset in (
+            AudioDataset(manifest, FRONT_END, augment=augment, features=features, waveforms=True)
+            for features in ("workers", "device")
+        )
+    ]
+    for first, second in zip(*made, strict=True):
+        torch.testing.assert_close(first.fbank, second.fbank, rtol=0, atol=1e-5)
+        assert torch.equal(first.waveform, second.waveform)
+        assert first.to("cpu").fbank.shape == (6, 48, 32)
+
+
+def test_long_clips_are_cropped_at_random_in_training_only(tmp_path):
+    ramp = np.repeat(np.arange(1, 11), 1600) * np.sin(np.arange(16000) * 0.7) / 11  # louder and louder
+    soundfile.write(write_sound(tmp_path / "a" / "ramp.wav"), ramp, 16000)
+    front_end = LogMelConfig(frames=8, mel_bins=32)
+    dataset = AudioDataset(read_manifest(tmp_path), front_end, random_crop=True, epoch_clips=40)
+    levels = torch.cat(
+        [b.fbank.amax((1, 2)) for b in build_loader(dataset, batch_size=8, training=True, workers=0)]
+    )
+    assert levels.unique().numel() > 20
+    (batch,) = build_loader(dataset, batch_size=1, workers=0)
+    assert batch.fbank.amax() <= levels.min()  # evaluation takes the beginning
+
+
+def test_hashes_are_of_the_decoded_file(folder):
+    manifest = read_manifest(folder)
+    dataset = AudioDataset(manifest, FRONT_END, augment=AugmentConfig(mixup_rate=1.0), hashes=True)
+    expected = [
+        audio_hash(load_audio(clip.path, sample_rate=soundfile.info(clip.path).samplerate))
+        for clip in manifest
+    ]
+    assert len(set(expected)) == len(expected)
+    (batch,) = build_loader(dataset, batch_size=24, training=True, workers=0)
+    assert batch.audio_hashes == tuple(expected[i] for i in batch.index)
+    assert batch.mix_hashes == tuple(expected[i] for i in batch.mix_index)
+    assert dataset.audio_hash(3) == expected[3]
+
+
+# --- broken files ----------------------------------------------------------------------------------------------------
+
+
+def spoil(folder, count):
+    spoilt = sorted(folder.glob("cat/*"))[:count]
+    for path in spoilt:
+        path.write_bytes(b"RIFF nonsense")
+    return spoilt
+
+
+def test_broken_files_are_skipped_named_and_counted(folder, caplog):
+    spoilt = spoil(folder, 2)
+    dataset = AudioDataset(
+        read_manifest(folder), FRONT_END, augment=AugmentConfig(), broken=BrokenFiles(24, 0.1)
+    )
+    found = torch.cat([batch.index for batch in build_loader(dataset, batch_size=2, workers=0)])
+    assert found.tolist() == list(range(2, 24))
+    for workers in (0, 2):
+        batches = list(build_loader(dataset, batch_size=4, training=True, workers=workers))
+        assert all(len(batch) == 4 for batch in batches)
+        assert not {0, 1} & {i for b in batches for i in (*b.index.tolist(), *b.mix_index.tolist())}
+    assert len(dataset.broken) == 2
+    assert set(dataset.broken.reasons) == {str(path) for path in spoilt}
+    messages = [record.message for record in caplog.records if "cat-" in record.message]
+    assert len(messages) == 2  # once each
+    assert "cat-0.wav: cannot be decoded" in messages[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_files_stop_the_run(folder, workers):
+    spoil(folder, 2)
+    dataset = AudioDataset(read_manifest(folder), FRONT_END, broken=BrokenFiles(24, 0.05))
+    with pytest.raises(
+        BrokenFilesError, match=r"2 of 24 files.*5\.0%.*--data.max-broken(.|\n)*cat-0.wav: cannot be"
+    ):
+        list(build_loader(dataset, batch_size=4, workers=workers))
+
+
+def test_headers_are_looked_at_before_the_first_step(folder):
+    spoil(folder, 1)
+    with pytest.raises(BrokenFilesError, match="1 of 24"):
+        open_splits(DataConfig(train=folder))
+    splits = open_splits(DataConfig(train=folder, max_broken=0.1))
+    assert len(splits.train) + len(splits.held_out) == 23
+    assert splits.train.broken is splits.held_out.broken
+    assert len(splits.train.broken) == 1
+
+
+def test_a_folder_of_broken_files(folder):
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    dataset = AudioDataset(read_manifest(folder), FRONT_END, broken=BrokenFiles(24, 1.0))
+    with pytest.raises(BrokenFilesError, match="in a row"):
+        list(build_loader(dataset, batch_size=4, training=True, workers=0))
+    assert list(build_loader(dataset, batch_size=4, workers=0)) == []
+
+
+# --- the cache of features -------------------------------------------------------------------------------------------
+
+
+def test_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
+    manifest = read_manifest(folder)
+    cache = tmp_path / "cache"
+
+    def batches(front_end=FRONT_END, **options):
+        dataset = AudioDataset(
+            manifest, front_end, augment=AugmentConfig(mixup_rate=0.3), hashes=True, **options
+        )
+        return list(build_loader(dataset, batch_size=6, training=True, workers=0, epoch=1)) + list(
+            build_loader(dataset, batch_size=6, workers=0)
+        )
+
+    plain = batches()
+    for _ in range(2):
+        for first, second in zip(plain, batches(cache=cache), strict=True):
+            assert_same(first, second)
+    entries = sorted(cache.rglob("*.safetensors"))
+    assert len(entries) == 24
+    assert len(list(cache.rglob("*"))) == 24 + len(
+        {entry.parent for entry in entries}
+    )  # nothing half-written
+    batches(LogMelConfig(frames=50, mel_bins=32), cache=cache)  # another front end: other entries
+    assert len(list(cache.rglob("*.safetensors"))) == 48
+    entries[0].write_bytes(b"torn")
+    for first, second in zip(plain, batches(cache=cache), strict=True):
+        assert_same(first, second)
+    assert entries[0].read_bytes() != b"torn"
+    # Read from the cache, nothing is decoded; a changed file is.
+    for name in ("load_native", "load_audio"):
+        monkeypatch.setattr(f"dass.dataset.{name}", lambda *args, **kwargs: pytest.fail("decoded"))
+    dataset = AudioDataset(manifest, FRONT_END, cache=cache)
+    list(build_loader(dataset, batch_size=6, workers=0))
+    write_sound(manifest[0].path, seed=5)
+    with pytest.raises(pytest.fail.Exception):
+        list(build_loader(dataset, batch_size=6, workers=0))
+
+
+# --- opening the data of a run ---------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_synthetic_corpus():
+    splits = open_splits(
+        DataConfig(synthetic=SyntheticConfig(train_clips=200, eval_clips=10)), AugmentConfig()
+    )
+    assert (len(splits.train), len(splits.held_out)) == (200, 10)
+    assert splits.front_end.frames == 200
+    (batch,) = build_loader(splits.held_out, batch_size=10, workers=0)
+    assert batch.fbank.shape == (10, 200, 128)
+    # normalised: mean 0, standard deviation 1/2, by construction
+    assert abs(batch.fbank.mean()) < 0.15
+    assert abs(batch.fbank.std() - 0.5) < 0.1
+
+
+def test_front_end_is_measured_where_it_is_not_given(folder):
+    splits = open_splits(DataConfig(train=folder, holdout=r"-[0-1]\.", mel_bins=32))
+    assert (len(splits.train), len(splits.held_out)) == (18, 6)
+    values = torch.cat([LogMel(LogMelConfig(frames=None, mel_bins=32)).filter_bank(load_audio(c.path)) for c in
+                        splits.train.source.manifest]).double()  # fmt: skip
+    assert splits.front_end.mean == pytest.approx(values.mean().item(), abs=1e-4)
+    assert splits.front_end.std == pytest.approx(values.std().item(), abs=1e-3)
+    assert 0.69 <= splits.front_end.frames * 0.01 <= 0.8  # the longest clip is 0.69 s
+    given = open_splits(DataConfig(train=folder, mean=-4.0, std=4.0, clip_seconds=0.5), AugmentConfig())
+    assert given.front_end == LogMelConfig(frames=50, mean=-4.0, std=4.0)
+    pretrained = LogMelConfig(frames=77)
+    assert open_splits(DataConfig(train=folder), front_end=pretrained).front_end == pretrained
+
+
+def test_long_recordings_do_not_make_long_examples(tmp_path):
+    write_sound(tmp_path / "a" / "1.wav", 12, 8000)
+    write_sound(tmp_path / "a" / "2.wav", 12, 8000)
+    assert open_splits(DataConfig(train=tmp_path)).front_end.frames == 1024
+
+
+def test_separate_evaluation_clips(folder, tmp_path):
+    write_sound(tmp_path / "more" / "owl" / "x.wav")
+    splits = open_splits(DataConfig(train=folder, eval=tmp_path / "more"))
+    assert len(splits.train) == 24
+    assert splits.held_out.target(0).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_broken": 2.0}, "max_broken"),
+        ({"clip_seconds": 0.0}, "clip_seconds"),
+        ({"mean": 1.0}, "mean and data.std"),
+        ({"fold": 1, "holdout": "x"}, "only one of data.fold and data.holdout"),
+    ],
+)
+def test_config_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+# --- real recordings -------------------------------------------------------------------------------------------------
+
+
+def test_esc10_as_it_is(shared):
+    splits = open_splits(DataConfig(train=shared("data", "esc10"), clip_seconds=1.0))
+    assert len(splits.classes) == 10
+    assert len(splits.train) + len(splits.held_out) == 83
+    groups = [{clip.group for clip in part.source.manifest} for part in (splits.train, splits.held_out)]
+    assert not groups[0] & groups[1]  # no recording on both sides
+    (batch,) = build_loader(splits.held_out, batch_size=64, workers=0)
+    assert set(batch.target.sum(1).tolist()) == {1.0}
+    assert len(batch) == len(splits.held_out)
+
+
+def test_spoken_digits(shared):
+    config = DataConfig(
+        train=shared("data", "fsdd", "recordings"),
+        label_regex=r"^(\d)_",
+        holdout=r"_[0-4]\.wav$",
+        mean=-8.0,
+        std=4.6,
+    )
+    splits = open_splits(config)
+    assert (len(splits.train), len(splits.held_out)) == (900, 300)
+    assert [entry.name for entry in splits.classes] == list("0123456789")
+    batch = next(iter(build_loader(splits.held_out, batch_size=8, workers=0)))
+    assert batch.fbank.shape == (8, splits.front_end.frames, 128)
+    assert batch.target.argmax(1).tolist() == [int(splits.held_out.name(i)[0]) for i in batch.index]
+
+
+def test_statistics_of_a_long_set_are_of_a_sample(folder):
+    manifest = read_manifest(folder)
+    first = feature_statistics(manifest, FRONT_END, clips=5)
+    assert first == feature_statistics(manifest, FRONT_END, clips=5)
+    assert first != feature_statistics(manifest, FRONT_END, clips=24)
