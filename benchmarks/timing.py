@@ -1,0 +1,223 @@
+"""Measuring: one call at a time from a cold cache, round robin over everything that is to be compared.
+
+A machine's speed drifts by tens of percent within minutes. So candidates are never timed one after the other: each round
+calls each of them once, and medians of the same rounds are compared.
+"""
+
+import ctypes
+import gc
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+SLOW = 2.0  # seconds; a candidate whose call takes longer is content with a single sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call. `page_faults`: pages that the kernel had to map meanwhile (CPU only)."""
+
+    seconds: float
+    page_faults: int = 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the samples of one candidate; times in seconds."""
+
+    median: float
+    p10: float
+    p90: float
+    least: float
+    count: int
+    page_faults: int  # median
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Statistics":
+        seconds = sorted(s.seconds for s in samples)
+        last = len(seconds) - 1
+        return cls(
+            median=statistics.median(seconds),
+            p10=seconds[round(0.1 * last)],
+            p90=seconds[round(0.9 * last)],
+            least=seconds[0],
+            count=len(seconds),
+            page_faults=int(statistics.median(s.page_faults for s in samples)),
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Clock:
+    """Times single calls on one device.
+
+    `cold`: before each call the caches are filled with something else: on a CPU by reading twice the last level's size,
+    which leaves nothing to be written back during the call; on a GPU by writing, which also keeps the queue busy while the
+    host issues the call, so that short kernels are timed and not their launch.
+    """
+
+    def __init__(self, device: str | torch.device, *, cold: bool = True):
+        self.device = torch.device(device)
+        self.cold = cold
+        size = 1 << 28 if self.device.type == "cuda" else 2 * last_level_cache()
+        self._filler = torch.zeros(size // 4, dtype=torch.float32, device=self.device) if cold else None
+
+    def once(self, call: Callable[[], object]) -> Sample:
+        """Calls once. What the call returns is freed after the clock has stopped."""
+        if self.device.type == "cuda":
+            return self._once_cuda(call)
+        if self.cold:
+            self._filler.sum()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        del result
+        return Sample(seconds, faults)
+
+    def _once_cuda(self, call: Callable[[], object]) -> Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        if self.cold:
+            for _ in range(4):
+                self._filler.zero_()
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        del result
+        return Sample(start.elapsed_time(end) / 1e3)
+
+
+@dataclass
+class Candidate:
+    """Something to be timed: `once` makes one timed call."""
+
+    name: str
+    once: Callable[[], Sample]
+    samples: list[Sample] = field(default_factory=list)
+
+    def statistics(self) -> Statistics:
+        return Statistics.of(self.samples)
+
+
+def round_robin(candidates: Sequence[Candidate], seconds: float, *, least: int = 3, most: int = 300) -> None:
+    """Fills the candidates' `samples`, in rounds, for about `seconds` in all.
+
+    Every candidate has an equal share of the time. One whose calls are long is left out of rounds, evenly over the whole
+    time, where it is ahead of its share; but each gets `least` samples, or one where a call takes longer than SLOW seconds.
+    """
+    if not candidates:
+        return
+    share = seconds / len(candidates)
+    spent = [0.0] * len(candidates)
+    begin = time.perf_counter()
+
+    def enough(i: int) -> bool:
+        samples = candidates[i].samples
+        return len(samples) >= least or (bool(samples) and samples[-1].seconds > SLOW)
+
+    with _no_garbage_collection():
+        for _ in range(most):
+            elapsed = (time.perf_counter() - begin) / seconds
+            if elapsed >= 1 and all(enough(i) for i in range(len(candidates))):
+                break
+            for i, candidate in enumerate(candidates):
+                elapsed = (time.perf_counter() - begin) / seconds
+                on_time = elapsed < 1 and spent[i] <= share * elapsed
+                if on_time or not enough(i) and len(candidate.samples) <= least * elapsed:
+                    start = time.perf_counter()
+                    candidate.samples.append(candidate.once())
+                    spent[i] += time.perf_counter() - start
+
+
+@contextmanager
+def _no_garbage_collection():
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(call: Callable[[], object], device: str | torch.device) -> tuple[object, int | None]:
+    """Calls once; what it returned, and by how many bytes the memory in use grew at most during the call.
+
+    CUDA: of torch's allocator. CPU: resident memory of the whole process, whoever allocated it, so kernels' own buffers
+    and other libraries' memory count; free memory is handed back to the system first, so that its reuse counts too. None
+    where the system does not tell (not Linux). Exact to about 0.3 MB.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        return call(), None
+    result = call()
+    return result, max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def saved_for_backward(call: Callable[[], object], inputs: Sequence[torch.Tensor]) -> int:
+    """Bytes that autograd keeps between a forward and its backward, the inputs themselves not counted.
+
+    `call` runs the forward; memory that several saved tensors share counts once.
+    """
+    known = {t.untyped_storage().data_ptr() for t in inputs}
+    saved: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()  # kept until the sum is taken, or addresses could be used twice
+        total = sum(saved.values())
+    del result
+    return total
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core; 64 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KMG")) * scale)
+    return min(max(sizes, default=64 << 20), 512 << 20)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
