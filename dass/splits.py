@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dass.manifest import Manifest, ManifestError, compile_regex
+from dass.manifest import Manifest
+from dass.manifest_forms import ManifestError, compile_regex
 
 
 def _split(manifest: Manifest, held_out: np.ndarray, what: str) -> tuple[Manifest, Manifest]:
