@@ -65,6 +65,15 @@ class Draw:
     """Where in a longer clip the example begins, from 0 to 1 of the room there is: first and second clip."""
 
 
+def no_draw(front_end: LogMelConfig) -> Draw:
+    """The choices of an example that is left as it is."""
+    everything = (
+        torch.ones(front_end.mel_bins, dtype=torch.bool),
+        torch.ones(front_end.frames, dtype=torch.bool),
+    )
+    return Draw(-1, 1.0, 1.0, 0, *everything, (0.0, 0.0))
+
+
 def draw(config: AugmentConfig, front_end: LogMelConfig, clips: int, random: np.random.Generator) -> Draw:
     """Draws the choices of one example; always consumes the same numbers, whatever the configuration."""
     mixed = random.random() < config.mixup_rate

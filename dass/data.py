@@ -94,7 +94,7 @@ class DataConfig:
     workers: int | None = None
     """Processes that prepare batches; 0: none; none given: one less than there are cores, at most 8."""
     cache: Path | None = None
-    """Folder for a cache of features; none: no cache."""
+    """Folder for a cache of decoded clips and their features, about 115 kB for a second of audio; none: no cache."""
     check_files: bool = True
     """Open the header of every file before the first step."""
     max_broken: float = 0.01

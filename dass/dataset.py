@@ -26,7 +26,16 @@ from dass.audio import (
     load_native,
     resample,
 )
-from dass.augment import NO_AUGMENTATION, AugmentConfig, Draw, draw, mix_targets, mix_waveforms, roll_and_mask
+from dass.augment import (
+    NO_AUGMENTATION,
+    AugmentConfig,
+    Draw,
+    draw,
+    mix_targets,
+    mix_waveforms,
+    no_draw,
+    roll_and_mask,
+)
 from dass.batch import Batch
 from dass.feature_cache import FeatureCache
 from dass.loader import example_random
@@ -234,12 +243,12 @@ class AudioDataset:
         An unreadable clip is replaced in training by one drawn from the example's generator, and left out in evaluation.
         """
         broken: list[AudioError] = []
-        augment = self.augment if training else NO_AUGMENTATION
+        still = no_draw(self.front_end)
         examples = []
         with _one_thread():
             for position, index in zip(positions.tolist(), indices.tolist(), strict=True):
                 random = example_random(seed, epoch, position)
-                choices = draw(augment, self.front_end, len(self), random)
+                choices = draw(self.augment, self.front_end, len(self), random) if training else still
                 example = self._example(index, choices, random, training, broken)
                 if example is not None:
                     examples.append(example)
@@ -249,36 +258,31 @@ class AudioDataset:
         self, index: int, choices: Draw, random: np.random.Generator, training: bool, broken: list[AudioError]
     ) -> _Example | None:
         crops = choices.crop if training and self.random_crop else (None, None)
-        changed = choices.mix_index >= 0 or choices.gain != 1.0 or self.waveforms
-        if not changed:
-            read = self._usable(index, random, training, broken, lambda clip: self._clean(clip, crops[0]))
-            if read is None:
-                return None
-            index, (fbank, identity) = read
-            return _Example(choices, index, -1, self.target(index), identity, "", fbank=fbank)
+        alone = choices.mix_index < 0 and choices.gain == 1.0 and not self.waveforms
+        kind = "fbank" if alone else "waveform"
 
-        def waveform(clip: int, crop: float | None) -> tuple[Tensor, str]:
-            return self._read(clip, self._start(clip, crop), hashed=self.hashes)
+        def usable(clip: int, crop: float | None):
+            return self._usable(clip, random, training, broken, lambda clip: self._recall(clip, crop, kind))
 
-        read = self._usable(index, random, training, broken, lambda clip: waveform(clip, crops[0]))
+        read = usable(index, crops[0])
         if read is None:
             return None
-        index, (sound, identity) = read
-        target, mix_index, mix_identity = self.target(index), -1, ""
+        index, (content, identity) = read
+        target = self.target(index)
+        if alone:
+            return _Example(choices, index, -1, target, identity, "", fbank=content)
+        mix_index, mix_identity = -1, ""
         if choices.mix_index >= 0:
-            mix_index, (second, mix_identity) = self._usable(
-                choices.mix_index, random, training, broken, lambda clip: waveform(clip, crops[1])
-            )
-            sound = mix_waveforms(sound, second, choices.mix_lambda)
+            mix_index, (second, mix_identity) = usable(choices.mix_index, crops[1])
+            content = mix_waveforms(content, second, choices.mix_lambda)
             target = mix_targets(target, self.target(mix_index), choices.mix_lambda)
         else:
-            sound = sound - sound.mean()
-        example = _Example(
-            choices, index, mix_index, target, identity, mix_identity, waveform=sound * choices.gain
+            content = content - content.mean()
+        content = content * choices.gain
+        fbank = self.log_mel.filter_bank(content) if self.features == "workers" else None
+        return _Example(
+            choices, index, mix_index, target, identity, mix_identity, waveform=content, fbank=fbank
         )
-        if self.features == "workers":
-            example.fbank = self.log_mel.filter_bank(example.waveform)
-        return example
 
     def _usable(self, index, random, training, broken, read):
         """`(clip, what was read)` of `index` or, in training, of a clip drawn in its place."""
@@ -306,21 +310,29 @@ class AudioDataset:
             index, sample_rate=rate, start=start, duration=self.front_end.samples / rate, hashed=hashed
         )
 
-    def _clean(self, index: int, crop: float | None) -> tuple[Tensor, str]:
-        """`((frames, mel_bins) log-mel, padded, not normalised; audio hash)` of a clip by itself, from the cache if any."""
+    def _recall(
+        self, index: int, crop: float | None, kind: Literal["waveform", "fbank"]
+    ) -> tuple[Tensor, str]:
+        """A clip by itself and its audio hash, from the cache where there is one.
+
+        The kinds: `(samples,)` waveform; `(frames, mel_bins)` log-mel, padded, not normalised.
+        """
         start, file = self._start(index, crop), self.source.file(index)
         if self.cache is None or file is None or start > 0:
             waveform, identity = self._read(index, start, hashed=self.hashes)
-            return self.log_mel.filter_bank(waveform), identity
+            return (waveform if kind == "waveform" else self.log_mel.filter_bank(waveform)), identity
         entry = self.cache.path(file)
-        found = self.cache.get(entry)
+        found = self.cache.get(entry, kind)
         if found is None:
             waveform, identity = self._read(index, 0.0, hashed=True)
             frames = min(self.front_end.frames_of(waveform.numel()), self.front_end.frames)
-            found = self.log_mel.filter_bank(waveform)[:frames], identity
-            self.cache.put(entry, *found)
-        fbank, identity = found
-        return torch.nn.functional.pad(fbank, (0, 0, 0, self.front_end.frames - len(fbank))), identity
+            fbank = self.log_mel.filter_bank(waveform)[:frames]
+            self.cache.put(entry, waveform=waveform, fbank=fbank, audio_hash=identity)
+            found = (waveform if kind == "waveform" else fbank), identity
+        content, identity = found
+        if kind == "fbank":
+            content = torch.nn.functional.pad(content, (0, 0, 0, self.front_end.frames - len(content)))
+        return content, identity
 
     def _collate(self, examples: list[_Example], broken: tuple[AudioError, ...]) -> Batch:
         if not examples:

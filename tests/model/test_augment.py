@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dass.audio import LogMelConfig
-from dass.augment import NO_AUGMENTATION, AugmentConfig, draw, mix_targets, mix_waveforms, roll_and_mask
+from dass.augment import (
+    NO_AUGMENTATION,
+    AugmentConfig,
+    draw,
+    mix_targets,
+    mix_waveforms,
+    no_draw,
+    roll_and_mask,
+)
 
 FRONT_END = LogMelConfig()
 
@@ -57,7 +65,7 @@ def test_masks_scale_with_the_spectrogram():
 
 
 def test_nothing_is_drawn_where_nothing_is_asked_for():
-    for d in draws(NO_AUGMENTATION, 30):
+    for d in [*draws(NO_AUGMENTATION, 30), no_draw(FRONT_END)]:
         assert d.mix_index == -1
         assert d.mix_lambda == d.gain == 1.0
         assert d.roll == 0

@@ -550,8 +550,9 @@ def test_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
     # Read from the cache, nothing is decoded; a changed file is.
     for name in ("load_native", "load_audio"):
         monkeypatch.setattr(f"dass.dataset.{name}", lambda *args, **kwargs: pytest.fail("decoded"))
-    dataset = AudioDataset(manifest, FRONT_END, cache=cache)
+    dataset = AudioDataset(manifest, FRONT_END, augment=AugmentConfig(), cache=cache)
     list(build_loader(dataset, batch_size=6, workers=0))
+    list(build_loader(dataset, batch_size=6, workers=0, training=True))
     write_sound(manifest[0].path, seed=5)
     with pytest.raises(pytest.fail.Exception):
         list(build_loader(dataset, batch_size=6, workers=0))
