@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,11 @@ def train_folds(config: TrainConfig, default_folder: Path) -> dict[str, Any]:
     summary = {"folds": results, "mean": {}, "standard_deviation": {}}
     for name in results[folds[0]]:
         values = [results[fold][name] for fold in folds]
-        if name != "epoch":
+        if name != "epoch" and all(map(math.isfinite, values)):  # d' is infinite where a fold is solved
             summary["mean"][name] = statistics.fmean(values)
             summary["standard_deviation"][name] = statistics.stdev(values)
+    for best in results.values():
+        best.update({name: None for name, value in best.items() if not math.isfinite(value)})
     write_json(folder / "folds.json", summary)
     for name, mean in summary["mean"].items():
         print(f"{name.replace('_', ' ')}: {mean:.4f} +- {summary['standard_deviation'][name]:.4f}", flush=True)

@@ -85,7 +85,7 @@ def build_parts(config: TrainConfig, device: torch.device, build_model: BuildMod
     """Open the data, load the teachers, make the model with the weights that `config.train.seed` gives."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    teachers = [load_teacher(source, config.distill) for source in config.distill.teacher if source != SELF]
+    teachers = [load_teacher(source) for source in config.distill.teacher if source != SELF]
     data = config.data
     if any(teacher.hears == "waveforms" for teacher in teachers):
         data = replace(data, waveforms=True)

@@ -22,7 +22,8 @@ from dass.audio import LogMelConfig
 from dass.batch import Batch
 from dass.checkpoint import read_json, read_state
 from dass.classes import ClassMatch, match_classes, read_class_table
-from dass.distill import DistillConfig, TeacherOutput
+from dass.dataset import AudioDataset
+from dass.distill import DistillConfig, TeacherOutput, mix_scores
 from dass.manifest import LabelClass, read_class_list
 from dass.optimization import ParameterAverage
 from dass.teacher_models import (
@@ -51,7 +52,24 @@ class Teacher(Protocol):
         """Move to a device; returns itself."""
 
     def logits(self, batch: Batch) -> Tensor:
-        """(batch, classes); a row of NaN for a clip that it does not know."""
+        """(batch, classes)."""
+
+
+class ScoresTeacher(Protocol):
+    """A teacher whose logits were computed before: those of the clips as they are, still to be mixed."""
+
+    name: str
+    classes: tuple[LabelClass, ...]
+    hears: Literal["spectrograms", "waveforms", "hashes"]
+
+    def attach(self, front_end: LogMelConfig, classes: tuple[LabelClass, ...]) -> None:
+        """As `Teacher.attach`."""
+
+    def to(self, device: torch.device) -> ScoresTeacher:
+        """As `Teacher.to`."""
+
+    def pair(self, batch: Batch, clips: AudioDataset, strict: bool) -> tuple[Tensor, Tensor]:
+        """(batch, classes) of each clip and of the one mixed into it; rows of NaN for unknown clips, unless `strict`."""
 
 
 class SelfTeacher:
@@ -93,7 +111,7 @@ class SelfTeacher:
 class Member:
     """A teacher in an ensemble: its classes matched to the student's and its weight."""
 
-    teacher: Teacher
+    teacher: Teacher | ScoresTeacher
     match: ClassMatch
     weight: float
 
@@ -101,12 +119,13 @@ class Member:
 class Ensemble:
     """One or several teachers as one: the weighted mean of their logits on the student's classes.
 
-    Where a teacher lacks a class or does not know a clip, the others' weights are scaled up; a clip that none knows is
-    unknown, and classes that none has are not distilled.
+    Where a teacher lacks a class or does not know a clip, the others' weights are scaled up. A clip of which any class
+    is left without a teacher is unknown, and classes that no teacher has are not distilled. config: the loss and its
+    temperature, by which scores are mixed, and what to do about clips without scores.
     """
 
-    def __init__(self, members: Sequence[Member], student_classes: int):
-        self.members = tuple(members)
+    def __init__(self, members: Sequence[Member], student_classes: int, config: DistillConfig):
+        self.members, self.config = tuple(members), config
         covered = sorted({column for member in members for column in member.match.student})
         self.complete = len(covered) == student_classes
         self.columns = torch.tensor(covered)
@@ -124,9 +143,12 @@ class Ensemble:
         return self
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> TeacherOutput:
-        """What the teachers say of a batch, on the classes that any of them has."""
-        logits = [member.match.select(member.teacher.logits(batch).float()) for member in self.members]
+    def __call__(self, batch: Batch, clips: AudioDataset, training: bool = True) -> TeacherOutput:
+        """What the teachers say of a batch of these clips, on the classes that any of them has.
+
+        In training, clips without scores raise ScoresError if config.on_missing is `error`.
+        """
+        logits = [self._of(member, batch, clips, training) for member in self.members]
         columns = None if self.complete else self.columns
         total = logits[0].new_zeros(len(batch), len(self.columns))
         weights = torch.zeros_like(total)
@@ -138,22 +160,32 @@ class Ensemble:
         mean = total / weights.clamp(min=torch.finfo(weights.dtype).tiny)
         return TeacherOutput(mean, columns, None if bool(known.all()) else known)
 
+    def _of(self, member: Member, batch: Batch, clips: AudioDataset, training: bool) -> Tensor:
+        """(batch, matched) float32 logits of one teacher."""
+        if not hasattr(member.teacher, "pair"):
+            return member.match.select(member.teacher.logits(batch).float())
+        strict = training and self.config.on_missing == "error"
+        first, second = (member.match.select(value) for value in member.teacher.pair(batch, clips, strict))
+        return mix_scores(first, second, batch.mix_lambda, self.config.loss, self.config.temperature)
+
     def report(self) -> str:
         """What was matched, a line per teacher."""
         return "\n".join(member.match.report(member.teacher.name) for member in self.members)
 
 
-def load_teacher(source: str, config: DistillConfig | None = None) -> Teacher:
+def load_teacher(source: str) -> Teacher | ScoresTeacher:
     """The teacher that a source names, on the CPU, still to be attached.
 
     Raises TeacherError (or the error of the file's reader), which names the source and the way out.
     """
     path = Path(source).expanduser()
     if path.suffix in (".npz", ".safetensors") and path.is_file():
-        from dass.teacher_scores import CachedTeacher, holds_scores
+        from dass.teacher_scores import CachedTeacher, NamedScoresTeacher, holds_scores
 
+        if path.suffix == ".npz":
+            return NamedScoresTeacher(path)
         if holds_scores(path):
-            return CachedTeacher(path, config or DistillConfig())
+            return CachedTeacher(path)
     if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
         names = {name.removeprefix("module.") for name in read_state(path)}
         if is_original_ast(names):
@@ -161,7 +193,7 @@ def load_teacher(source: str, config: DistillConfig | None = None) -> Teacher:
     if path.is_dir() and (path / "config.json").is_file():
         return _load_dass(source) if "depths" in read_json(path / "config.json") else load_transformers(source)
     if path.is_dir() and (path / "best" / "config.json").is_file():
-        return load_teacher(str(path / "best"), config)  # a run folder; its model need not be a DASS
+        return load_teacher(str(path / "best"))  # a run folder; its model need not be a DASS
     if path.exists():
         return _load_dass(source)
     if source.count("/") != 1:
@@ -174,7 +206,10 @@ def load_teacher(source: str, config: DistillConfig | None = None) -> Teacher:
 
 
 def build_ensemble(
-    teachers: Sequence[Teacher], config: DistillConfig, classes: tuple[LabelClass, ...], front_end: LogMelConfig
+    teachers: Sequence[Teacher | ScoresTeacher],
+    config: DistillConfig,
+    classes: tuple[LabelClass, ...],
+    front_end: LogMelConfig,
 ) -> Ensemble:
     """The teachers of a run as one, attached to its front end and matched to its classes."""
     table = read_class_table(config.class_map) if config.class_map is not None else None
@@ -184,7 +219,7 @@ def build_ensemble(
         teacher.attach(front_end, classes)
         match = match_classes(classes, teacher.classes, table)
         members.append(Member(teacher, match, weight / sum(weights)))
-    return Ensemble(members, len(classes))
+    return Ensemble(members, len(classes), config)
 
 
 def _load_dass(source: str) -> SpectrogramTeacher:

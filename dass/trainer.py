@@ -254,7 +254,7 @@ class Trainer:
             with timer.phase("features"):
                 batch = parts.prepare(batch)
             with timer.phase("teacher"), parts.autocast():
-                said = None if parts.teacher is None else parts.teacher(batch)
+                said = None if parts.teacher is None else parts.teacher(batch, parts.splits.train)
             # Gradients are exchanged between processes once a step, with the last batch.
             exchange = nullcontext() if world_size() == 1 or number == size - 1 else parts.parallel.no_sync()
             with exchange:
@@ -359,7 +359,12 @@ class Trainer:
         """What the teacher is worth on the held-out clips, so that a wrong one is seen before the training."""
         parts, batches = self.parts, self._loader(training=False)
         with parts.autocast():
-            logits, metrics = evaluate_teacher(parts.teacher, batches, parts.prepare, parts.splits.classes)
+            logits, metrics = evaluate_teacher(
+                lambda batch: parts.teacher(batch, parts.splits.held_out, training=False),
+                batches,
+                parts.prepare,
+                parts.splits.classes,
+            )
         if metrics is None:
             self.log.say("teacher on held-out clips: it knows none of them")
             return
@@ -369,7 +374,7 @@ class Trainer:
         self.log.say(f"teacher on {metrics.clips} held-out clips, {len(metrics.classes)} classes: {figures}")
 
     def _keep_if_best(self, evaluation: Evaluation, about: dict[str, Any]) -> None:
-        """Save the model as `best/` where its figure is the highest so far."""
+        """Save the model as `best/` where it is better than any so far."""
         progress, metric = self.progress, self.config.train.metric
         figures = evaluation.summary()
         if metric not in figures:
@@ -379,7 +384,11 @@ class Trainer:
         if not progress.best and evaluation.metrics.undefined:
             names = evaluation.metrics.undefined
             self.log.say(f"left out of the mAP, having no held-out positives: {', '.join(names[:10])} ({len(names)})")
-        if progress.best and not figures[metric] > progress.best[metric]:
+        # Of models with the same figure, as small sets of clips give them, the one with the smaller loss.
+        rank_of_new, rank_of_best = (
+            (found[metric], -found["validation_loss"]) for found in (figures, progress.best or figures)
+        )
+        if progress.best and not rank_of_new > rank_of_best:
             progress.epochs_without_gain += 1
             return
         progress.epochs_without_gain = 0
