@@ -12,6 +12,15 @@ _MODULE_OF = {
     "DASS": "model",
     "DASSConfig": "model",
     "CheckpointError": "checkpoint",
+    "LogMel": "audio",
+    "LogMelConfig": "audio",
+    "AudioError": "audio",
+    "load_audio": "audio",
+    "read_manifest": "manifest",
+    "Tagger": "tagger",
+    "Trainer": "trainer",
+    "TrainConfig": "config",
+    "DistillConfig": "distill",
 }
 
 __all__ = list(_MODULE_OF)

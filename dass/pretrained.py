@@ -124,9 +124,10 @@ def _in_folder(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     found = f"several checkpoints ({_some(p.name for p in files)}): name one" if files else "no checkpoint"
+    last = f" There is {folder / 'last'}, a run's last state." if (folder / "last" / TENSORS).is_file() else ""
     raise CheckpointError(
         f"{folder} holds {found}. Expected {TENSORS}, a run's best/{TENSORS}, or a single file "
-        f"of {', '.join(SUFFIXES)}."
+        f"of {', '.join(SUFFIXES)}.{last}"
     )
 
 
@@ -175,7 +176,10 @@ def _published_front_end(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
         "mean": "mean",
         "std": "std",
     }
-    return {ours: preprocessor[theirs] for ours, theirs in names.items() if theirs in preprocessor}
+    front_end = {ours: preprocessor[theirs] for ours, theirs in names.items() if theirs in preprocessor}
+    if not preprocessor.get("do_normalize", True):
+        front_end |= {"mean": 0.0, "std": 0.5}  # (x - mean) / (2 std) then changes nothing
+    return front_end
 
 
 def interpret(

@@ -145,6 +145,9 @@ def test_published_front_end_is_read_from_the_feature_extractor(model, tmp_path)
     write_json(tmp_path / "config.json", config)
     front_end = DASS.from_pretrained(tmp_path).front_end
     assert front_end == {k: v for k, v in FRONT_END.items() if k != "frame_shift"}
+    extractor = read_json(tmp_path / "preprocessor_config.json")
+    write_json(tmp_path / "preprocessor_config.json", extractor | {"do_normalize": False})
+    assert DASS.from_pretrained(tmp_path).front_end == front_end | {"mean": 0.0, "std": 0.5}
     model.front_end = None
     model.save_pretrained(tmp_path / "without")
     assert DASS.from_pretrained(tmp_path / "without").front_end is None
@@ -208,6 +211,9 @@ def test_folders(model, tmp_path):
         DASS.from_pretrained(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint. Expected model.safetensors"):
+        DASS.from_pretrained(tmp_path / "empty")
+    model.save_pretrained(tmp_path / "empty" / "last")
+    with pytest.raises(CheckpointError, match="There is .*last, a run's last state"):
         DASS.from_pretrained(tmp_path / "empty")
     for absent in (tmp_path / "absent.pth", "absent.pth", "some/absent.pth", "no-such-run"):
         with pytest.raises(FileNotFoundError, match="no checkpoint .*absent|no-such-run"):
