@@ -18,10 +18,11 @@ from dass.config_files import (
 from dass.data import DataConfig
 from dass.distill import DistillConfig
 from dass.optimization import AverageConfig, OptimizerConfig, ScheduleConfig
+from dass.run_folder import RunConfig
 from dass.run_log import LogConfig
 from dass.student import StudentConfig
 from dass.teacher_training import TeacherTrainingConfig
-from dass.trainer import LoopConfig, RunConfig
+from dass.trainer import LoopConfig
 
 
 @dataclass(frozen=True)

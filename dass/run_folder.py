@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dass.checkpoint import CheckpointError, atomic_write, write_tensors
+from dass.batch import Batch
+from dass.checkpoint import CheckpointError, atomic_write, write_json, write_tensors
 from dass.config_files import ConfigError, config_to_toml, differing_keys, read_config_file, update_config
 from dass.dataset import AudioDataset
+from dass.distributed import rank
 from dass.manifest import LabelClass
 
 # What may differ between a run and its continuation: none of it changes a number of the run.
@@ -33,8 +35,34 @@ FREE_KEYS = ("run.", "log.", "data.workers", "data.cache")
 SPARE_BYTES = 64 * 2**20  # pictures, logs and configuration
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it runs on; none of it changes a result."""
+
+    folder: Path | None = None
+    """Run folder; the same command continues an unfinished run in it. None: runs/NAME, or the next free number."""
+    restart: bool = False
+    """Begin anew, even where the folder holds a run."""
+    checkpoint_seconds: float = 120.0
+    """Longest time between two saved states [s]; one is saved after every epoch in any case."""
+    keep: int = 1
+    """Saved states that are kept, the newest ones."""
+    device: str = "auto"
+    """auto (the GPU where there is one), cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """Threads of a process on the CPU; none: torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"run.keep is {self.keep}; expected at least 1 state")
+
+
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used: the message says why and the way out."""
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or infinite; the message names the file with the batch's clips."""
 
 
 @dataclass
@@ -174,6 +202,20 @@ def save_state(folder: Path, progress: Progress, tensors: dict[str, Tensor], kee
         raise
     for old in _states(folder)[:-keep]:
         old.unlink(missing_ok=True)
+
+
+def bad_loss(folder: Path, step: int, losses: dict[str, float], batch: Batch, clips: AudioDataset) -> NotFiniteError:
+    """Write `bad-batch-rankN.json` with the losses and the clips of a batch; the error that names it."""
+    named = [
+        {"clip": clips.name(index), "mixed_with": clips.name(other) if other >= 0 else None}
+        for index, other in zip(batch.index.tolist(), batch.mix_index.tolist(), strict=True)
+    ]
+    path = folder / f"bad-batch-rank{rank()}.json"
+    write_json(path, {"step": step, "losses": {name: repr(value) for name, value in losses.items()}, "clips": named})
+    return NotFiniteError(
+        f"the loss is {losses['loss']} at step {step}; the clips of the batch are in {path}. A lower "
+        "--optimizer.learning-rate, --optimizer.clip-norm, or --train.precision bf16 instead of fp16 usually helps"
+    )
 
 
 def newest_state(folder: Path) -> Path | None:

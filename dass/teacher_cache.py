@@ -1,6 +1,7 @@
 """`python -m dass.teacher cache`: run a teacher once over all clips of a data set and keep what it says.
 
-    python -m dass.teacher cache --teacher MIT/ast-finetuned-audioset-10-10-0.4593 --data.train train.json --out ast.safetensors
+    python -m dass.teacher cache --teacher MIT/ast-finetuned-audioset-10-10-0.4593 --data.train train.json \
+        --out ast.safetensors
 
 The scores go into `OUT.parts/`, a file every `--part` clips, and are put together at the end; a killed command continues
 after the last whole part.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dass import run_folder
 from dass.batch import Batch
-from dass.checkpoint import atomic_write, read_tensors, write_json, write_tensors
+from dass.checkpoint import atomic_write, read_tensors, write_tensors
 from dass.distill import LabelMode, distillation_losses
 from dass.distributed import barrier, on_main_process, process_group, rank, sum_over_processes, world_size
 from dass.evaluation import Evaluation, evaluate, evaluate_teacher
@@ -36,28 +36,6 @@ from dass.student import build_student
 
 if TYPE_CHECKING:
     from dass.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and what it runs on; none of it changes a result but the seed."""
-
-    folder: Path | None = None
-    """Run folder; the same command continues an unfinished run in it. None: runs/NAME, or the next free number."""
-    restart: bool = False
-    """Begin anew, even where the folder holds a run."""
-    checkpoint_seconds: float = 120.0
-    """Longest time between two saved states [s]; one is saved after every epoch in any case."""
-    keep: int = 1
-    """Saved states that are kept, the newest ones."""
-    device: str = "auto"
-    """auto (the GPU where there is one), cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """Threads of a process on the CPU; none: torch's choice."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"run.keep is {self.keep}; expected at least 1 state")
 
 
 @dataclass(frozen=True)
@@ -102,10 +80,6 @@ class RunResult:
 
 class TrainingStopped(Exception):
     """Interrupted by the user after the state was saved; the same command continues."""
-
-
-class NotFiniteError(RuntimeError):
-    """The loss became NaN or infinite; the message names the file with the batch's clips."""
 
 
 class Trainer:
@@ -281,7 +255,8 @@ class Trainer:
                 parts.ema.ema(parts.model, config.average.ema)
             losses = {name: float(value) for name, value in sums.items()}
         if not math.isfinite(losses["loss"]):
-            self._stop_on_bad_loss(losses, batch)
+            clips = parts.splits.train
+            raise run_folder.bad_loss(self.folder or Path(), progress.step, losses, batch, clips)
         progress.step += 1
         progress.batch += size
         return losses
@@ -414,20 +389,6 @@ class Trainer:
         means = {name: value / total["count"] for name, value in total.items() if name != "count"}
         self.log.record("step", progress.step, {**means, "learning_rate": self.parts.optimizer.param_groups[0]["lr"]})
         progress.window = {}
-
-    def _stop_on_bad_loss(self, losses: dict[str, float], batch: Batch) -> None:
-        source = self.parts.splits.train
-        clips = [
-            {"clip": source.name(index), "mixed_with": source.name(other) if other >= 0 else None}
-            for index, other in zip(batch.index.tolist(), batch.mix_index.tolist(), strict=True)
-        ]
-        path = (self.folder or Path()) / f"bad-batch-rank{rank()}.json"
-        about = {"step": self.progress.step, "losses": {k: repr(v) for k, v in losses.items()}, "clips": clips}
-        write_json(path, about)
-        raise NotFiniteError(
-            f"the loss is {losses['loss']} at step {self.progress.step}; the clips of the batch are in {path}. A lower "
-            "optimizer.learning_rate, optimizer.clip_norm, or train.precision bf16 instead of fp16 usually helps"
-        )
 
     def _save_state(self) -> None:
         if rank() == 0:

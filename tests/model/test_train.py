@@ -14,10 +14,10 @@ import torch
 
 from dass.config_files import config_to_toml
 from dass.model import DASS
-from dass.run_folder import RunFolderError
+from dass.run_folder import NotFiniteError, RunFolderError
 from dass.run_log import read_metrics
 from dass.train import main
-from dass.trainer import NotFiniteError, Trainer, TrainingStopped
+from dass.trainer import Trainer, TrainingStopped
 
 from .tiny_run import tiny_config, write_tones
 

@@ -10,9 +10,10 @@ from dass.augment import AugmentConfig
 from dass.config import TrainConfig
 from dass.data import DataConfig
 from dass.optimization import OptimizerConfig, ScheduleConfig
+from dass.run_folder import RunConfig
 from dass.run_log import LogConfig
 from dass.student import StudentConfig
-from dass.trainer import LoopConfig, RunConfig
+from dass.trainer import LoopConfig
 
 TONES = {"low": 300.0, "middle": 900.0, "high": 2700.0}
 
