@@ -6,7 +6,6 @@ resumed after it was killed, sees the old content or the new one and never a par
 
 import json
 import os
-import pickle
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +94,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = _existing(path)
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, "a safetensors file", error) from error
 
 
@@ -110,10 +109,11 @@ def read_state(path: str | Path) -> Any:
     CheckpointError where the file is cut short, is something else, or holds objects other than plain data.
     """
     path = _existing(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise _unreadable(path, "a PyTorch checkpoint of tensors and plain values", error) from error
+    with path.open("rb") as file:  # what the system forbids is raised here, as it is
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+            raise _unreadable(path, "a PyTorch checkpoint of tensors and plain values", error) from error
 
 
 def _existing(path: str | Path) -> Path:

@@ -307,7 +307,7 @@ def _published_shape(name: str, tensor: Tensor) -> Tensor:
 def published_config(config: DASSConfig, front_end: Mapping[str, Any] | None) -> dict[str, Any]:
     """The published model class's config.json, and our front end's numbers as one entry more."""
     labels = config.labels
-    return {
+    described = {
         "architectures": ["DASSForAudioClassification"],
         "model_type": "dass",
         "patch_size": 4,
@@ -321,8 +321,8 @@ def published_config(config: DASSConfig, front_end: Mapping[str, Any] | None) ->
         "use_checkpoint": False,
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
-        "front_end": dict(front_end) if front_end is not None else None,
     }
+    return described if front_end is None else described | {"front_end": dict(front_end)}
 
 
 def published_preprocessor(front_end: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from random import Random
 
 import pytest
 import torch
@@ -122,6 +123,26 @@ def test_truncated_files_are_named(tmp_path, keep):
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(CheckpointError, match=rf"{name} \([\d,]+ bytes\) cannot be read as .*cut short"):
             read(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_are_named(tmp_path, zipped):
+    """Whatever bytes are wrong: a CheckpointError or, where they are numbers, other numbers; nothing else."""
+    random = Random(0)
+    torch.save({"a": torch.ones(20), "b": {"c": [1, "two"]}}, tmp_path / "s.pt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "s.pt").read_bytes()
+    unreadable = 0
+    for _ in range(60):
+        damaged = bytearray(whole[: random.choice([len(whole), random.randrange(len(whole))])])
+        for _ in range(random.randrange(8) if damaged else 0):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        (tmp_path / "s.pt").write_bytes(damaged)
+        try:
+            read_state(tmp_path / "s.pt")
+        except CheckpointError:
+            unreadable += 1
+    assert unreadable > 20
 
 
 def test_foreign_files_are_named(tmp_path):
