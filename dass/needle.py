@@ -65,7 +65,8 @@ class Scene:
     """One needle in one haystack of one length; `move` puts it at one position after another.
 
     The haystack's waveform is streamed: at first for its level (where an SNR is asked for), then through the front end.
-    What is held is the spectrogram that the model is to see, and around each position a needle's length of waveform.
+    What is held is the spectrogram that the model is to see, and around each position a needle's length of waveform. Of a
+    haystack that is no longer than the needle that replaces it nothing is made.
 
     Args:
         needle: (samples,) at the front end's rate.
@@ -107,13 +108,15 @@ class Scene:
         start_frame(frames, self.needle_frames, 0.0)  # does it fit?
         self.needle = needle.float()[: (self.needle_frames - 1) * config.shift + config.window]
         self.samples = (frames - 1) * config.shift + config.window
-        self.gain = self._gain()
+        # A needle as long as the whole hides the haystack wherever it is put.
+        self._hides_all = placing == "replace" and frames == self.needle_frames
+        self.gain = 1.0 if self._hides_all else self._gain()
         self._log_mel = LogMel(replace(config, frames=self.needle_frames))
         self._alone = LogMel(replace(config, frames=None))
         self._needle_fbank = self._log_mel(self.needle)
         self._spans = {self.start(position): np.zeros(0, np.float32) for position in positions}
         self._fbank = torch.zeros(frames, config.mel_bins)
-        if haystack.kind != MEAN_SPECTRUM:
+        if haystack.kind != MEAN_SPECTRUM and not self._hides_all:
             done = 0
             for part in spectrogram_blocks(self._alone, self._keep_spans(self.haystack_blocks())):
                 self._fbank[done : done + len(part)] = part

@@ -71,7 +71,8 @@ class TagConfig:
     backend: str | None = None
     """Backend of the scan operator (see `python -m dass_ops`); default: the device's best."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises UsageError, which says what can be done instead, for values that cannot be used."""
         if not self.files:
             raise UsageError("no files given; name sound files or folders of them")
         if self.json and self.csv:
@@ -375,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dass.checkpoint import CheckpointError
 
     try:
-        return run(tyro.cli(TagConfig, prog="python -m dass.tag", args=arguments))
+        config = tyro.cli(TagConfig, prog="python -m dass.tag", args=arguments)
+        config.check()
+        return run(config)
     except (UsageError, CheckpointError, AudioError, FileNotFoundError) as error:
         print(f"dass.tag: {error}", file=sys.stderr)
         return 2

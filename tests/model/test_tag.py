@@ -353,6 +353,7 @@ def test_what_cannot_be_done_is_said(checkpoint, tmp_path, capsys):
         ([tmp_path / "a.wav", "-m", checkpoint, "--hop", "20"], "--hop"),
         ([tmp_path / "a.wav", "-m", tmp_path / "nothing"], "nothing"),
         ([checkpoint, "-m", checkpoint], "no sound file"),
+        ([tmp_path / "a.wav", "-m", checkpoint, "--topk", "0"], "--topk must be at least 1"),
     ):
         status, _, errors = command(capsys, *arguments)
         assert status == 2
