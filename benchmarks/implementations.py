@@ -204,7 +204,11 @@ YARDSTICKS = (
     Implementation("torch.add", YARDSTICK, _elementwise(torch.add, 2, True), pointless=_training),
     Implementation("torch.add, out=", YARDSTICK, _elementwise(torch.add, 2, False), pointless=_training),
 )
-TESTING_ONLY = ("emulated", "reference")  # backends made for tests, timed only where named
+
+
+def for_tests_only(backend: str, device: str) -> bool:
+    """Backends that are slow by design, timed only where named: Triton's kernels are interpreted on a CPU."""
+    return backend in ("emulated", "reference") or (backend == "triton" and device == "cpu")
 
 
 def registry(device: str | torch.device) -> tuple[dict[str, Implementation], dict[str, str]]:
@@ -212,7 +216,7 @@ def registry(device: str | torch.device) -> tuple[dict[str, Implementation], dic
     kind = torch.device(device).type
     backends = [str(b) for b in dass_ops.available_backends(device)]
     found = [own(b) for b in backends]
-    fast = [b for b in backends if b not in TESTING_ONLY]
+    fast = [b for b in backends if not for_tests_only(b, kind)]
     found += [replaced(b, lambda p, b=b: own_scan(b, scan_flags(p))) for b in fast]
     missing = {}
     for peer in peers.PEERS:

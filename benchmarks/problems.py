@@ -46,7 +46,8 @@ OPS = ("selective_scan", "bidirectional_scan", "ss2d", "ss2d_projected")
 
 @dataclass(frozen=True)
 class Problem:
-    """One operator on one shape. `reverse`: "shape" (as the shape says), "none" or "all" of the channels."""
+    """One operator on one shape. `reverse`: "shape" (as the shape says), "none" or "all" of the channels. `channels_last`: a
+    map (and its gradient) in the memory order that the model's convolutions leave."""
 
     op: str
     shape: Shape
@@ -54,12 +55,12 @@ class Problem:
     dtype: str = "float32"
     ragged: bool = False
     reverse: str = "shape"
+    channels_last: bool = False
 
-    @property
-    def name(self) -> str:
-        options = [self.op, self.shape.name, f"batch {self.batch}", self.dtype]
-        options += ["ragged"] * self.ragged + [f"reverse {self.reverse}"] * (self.reverse != "shape")
-        return ", ".join(options)
+    def __str__(self) -> str:
+        named = [self.op, self.shape.name, f"batch {self.batch}", self.dtype]
+        named += ["ragged"] * self.ragged + ["channels last"] * self.channels_last
+        return ", ".join(named + [f"reverse {self.reverse}"] * (self.reverse != "shape"))
 
     @property
     def unsupported(self) -> str:
@@ -69,6 +70,8 @@ class Problem:
                 return f"{self.shape.name} is a sequence, not a map"
             if self.reverse != "shape":
                 return "a map has its four directions"
+        elif self.channels_last:
+            return "only a map has channels to be last"
         if self.op == "bidirectional_scan" and self.reverse != "shape":
             return "both directions are scanned"
         return ""
@@ -117,6 +120,7 @@ class Problem:
             "dtype": self.dtype,
             "ragged": self.ragged,
             "reverse": self.reverse,
+            "channels_last": self.channels_last,
         }
 
     # -- inputs --------------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class Problem:
                 "delta_bias": step_bias(2, D),
             }
         (H, W), R = self.map_size, s.rank
-        x = {"x": normal(b, D, H, W)}
+        x = {"x": self._in_memory(normal(b, D, H, W))}
         if self.op == "ss2d":
             x["x_dbl"] = normal(b, 4, R + 2 * N, H, W)
         else:
@@ -176,7 +180,10 @@ class Problem:
         if self.op.startswith("ss2d"):
             shape = (*shape[:2], *self.map_size)
         generator = torch.Generator().manual_seed(RANDOM + 1)
-        return torch.randn(shape, generator=generator).to(device, self.io)
+        return self._in_memory(torch.randn(shape, generator=generator).to(device, self.io))
+
+    def _in_memory(self, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if self.channels_last else t
 
     # -- what it costs at least ----------------------------------------------------------------------------------------
 

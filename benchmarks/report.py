@@ -8,6 +8,7 @@ from problems import FORWARD, TRAINING, floor_seconds, gpu_floor_seconds
 from rich.console import Console
 from rich.table import Table
 from session import Row
+from targets import PLAIN
 
 from dass.checkpoint import atomic_write
 
@@ -113,7 +114,11 @@ def label(row: dict) -> str:
     """The implementation and what is special about the row."""
     special = [row["dtype"]] * (row["dtype"] != "float32") + ["ragged"] * row["ragged"]
     special += [{"none": "all forwards", "all": "all backwards"}.get(row["reverse"], "")]
-    special += [row["environment"]] + [f"{row['threads']} threads"] * bool(row["threads"])
+    special += (
+        ["channels last"] * row["channels_last"]
+        + [row["environment"]]
+        + [f"{row['threads']} threads"] * bool(row["threads"])
+    )
     return ", ".join([row["implementation"], *filter(None, special)])
 
 
@@ -136,7 +141,7 @@ def _cells(row: dict, best: float | None) -> dict[str, str]:
     def share(key: str) -> str:
         return "-" if row.get(key) is None else f"{row[key]:.0%}"
 
-    same_problem = row["dtype"] == "float32" and not row["ragged"] and row["reverse"] == "shape"
+    same_problem = all(row[k] == PLAIN[k] for k in ("dtype", "ragged", "reverse", "channels_last"))
     against = best and row["kind"] == OWN and same_problem
     return {
         "who": "  " + label(row),
@@ -184,9 +189,7 @@ def save_plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [r for g in result["groups"] for r in g["rows"] if "seconds" in r and r["implementation"] != COPY]
-    rows = [
-        r for r in rows if not r["ragged"] and r["reverse"] == "shape" and not r["environment"] and not r["threads"]
-    ]
+    rows = [r for r in rows if all(r[k] == v for k, v in PLAIN.items() if k != "dtype")]
     panels = sorted({(r["op"], r["pass"]) for r in rows}, key=lambda p: (p[0], p[1] == TRAINING))
     if not panels:
         return

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import tyro
-from implementations import COPY, OWN, PEER, REPLACED, TESTING_ONLY
+from implementations import COPY, OWN, PEER, REPLACED, for_tests_only
 from machine import GpuRates, MultiplyAdds, describe
 from problems import MAMBA, SHAPES, STAGES, TINY, Problem
 from report import WIDE, print_group, print_targets, row_as_dict, save_plot
@@ -50,6 +50,8 @@ class Options:
     """Also lengths and maps that are multiples of nothing."""
     reverse: bool = False
     """Also all channels forwards, and all backwards (as shaped: half of each)."""
+    channels_last: bool = False
+    """Also maps whose channels are last in memory, as the model's convolutions leave them."""
     instruction_sets: bool = False
     """Also with AVX2 and with scalar code forced."""
     pages: bool = False
@@ -60,7 +62,7 @@ class Options:
     """Shapes on which the compiled peer runs; each takes up to a minute to compile. One: the shortest."""
     warm: bool = False
     """Leave the caches as the previous call left them."""
-    seconds: float = 5.0
+    seconds: float = 4.0
     """Of timing, per group of rows (a shape and batch)."""
     limit: float = 3.0
     """Seconds; peers known to take longer for a call are skipped, others called only once."""
@@ -86,6 +88,7 @@ class Options:
             threads=self.threads or (available_cores(),),
             ragged=self.ragged or full,
             reverse=self.reverse or full,
+            channels_last=self.channels_last or full,
             instruction_sets=self.instruction_sets or full,
             pages=self.pages or full,
             compile="none" if quick else "all" if full and self.compile == "one" else self.compile,
@@ -106,8 +109,9 @@ def groups(options: Options, session: Session) -> list[tuple[str, list[Case]]]:
 
 def _cases(options: Options, session: Session, shape: str, batch: int) -> list[Case]:
     known = session.bench.known
-    ours = [n for n, i in known.items() if i.kind == OWN]
-    wanted = [f"dass_ops {b}" for b in options.backend] or [n for n in ours if n.split()[-1] not in TESTING_ONLY]
+    ours = [n.removeprefix("dass_ops ") for n, i in known.items() if i.kind == OWN]
+    backends = options.backend or [b for b in ours if not for_tests_only(b, session.bench.device.type)]
+    wanted = [f"dass_ops {b}" for b in backends]
     pipelines = [n for n, i in known.items() if i.kind == REPLACED]
     problems = [Problem(op, SHAPES[shape], batch, dtype) for op in options.op for dtype in options.dtype]
     problems = [p for p in problems if not p.unsupported]
@@ -132,6 +136,8 @@ def _cases(options: Options, session: Session, shape: str, batch: int) -> list[C
             add(problem, wanted, threads=threads)
         if options.ragged:
             add(dataclasses.replace(problem, ragged=True), wanted)
+        if options.channels_last:
+            add(dataclasses.replace(problem, channels_last=True), wanted)
         if options.reverse:
             for reverse in ("none", "all"):
                 add(dataclasses.replace(problem, reverse=reverse), wanted)
@@ -185,15 +191,16 @@ def run(options: Options, console: Console) -> dict:
         "finished": False,
     }
     for name, cases in groups(options, session):
+        start = time.perf_counter()
         with console.status(f"{name}: {len(cases)} rows"):
             peak = Candidate("multiply-adds", lambda: session.bench.clock.once(multiply_adds))
             rows = session.run(cases, options.seconds, [peak] if multiply_adds else [])
         rate = multiply_adds.count / peak.statistics().median if peak.samples else None
         found = [row_as_dict(row, rows, multiply_adds=rate, gpu=rates, on_gpu=on_gpu) for row in rows]
-        group = {"name": name, "multiply_adds_per_second": rate, "rows": found}
+        group = {"name": name, "multiply_adds_per_second": rate, "rows": found, "seconds": time.perf_counter() - start}
         result["groups"].append(group)
         result["targets"] = targets([r for g in result["groups"] for r in g["rows"]])
-        result["seconds"] = time.perf_counter() - begin
+        result["seconds"] = time.perf_counter() - begin  # imports not included
         print_group(console, group)
         if options.json:
             write_json(options.json, result)

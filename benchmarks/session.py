@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import implementations
 import torch
@@ -19,7 +20,7 @@ from oracle import Expected, Mismatch, expect
 from problems import Problem
 from timing import Candidate, Clock, Sample, Statistics, peak_memory, round_robin, saved_for_backward
 
-QUICK = 1.0  # seconds; calls that take less are repeated for their memory, after what only a first call allocates
+QUICK = 0.25  # seconds; calls that take less are repeated for their memory, after what only a first call allocates
 
 # Environments by name. glibc's malloc: memory kept between calls, so that its pages are mapped once, or huge pages.
 ENVIRONMENTS = {
@@ -96,21 +97,22 @@ class Bench:
             call = implementation.bind(problem, inputs, d_out, training)
             call()
             return call
-        checked = implementation.bind(problem, inputs, expected.masked(d_out), training)
+        call = implementation.bind(problem, inputs, expected.masked(d_out), training)
         if implementation.compiles:
-            checked()
+            call()
         start = time.perf_counter()
-        result, row.peak_bytes = peak_memory(checked, self.device)
+        kept = partial(saved_for_backward, call, inputs.values())
+        (result, saved), row.peak_bytes = peak_memory(kept, self.device)
         row.first_seconds = time.perf_counter() - start
+        if training and isinstance(result[0], torch.Tensor):  # other libraries' autograd is out of sight
+            row.saved_bytes = saved
         row.error = expected.check(*result)
-        del result, checked
+        del result
         call = implementation.bind(problem, inputs, d_out, training)
         start = time.perf_counter()
         if row.first_seconds < QUICK:
             row.peak_bytes = peak_memory(call, self.device)[1]
             row.first_seconds = time.perf_counter() - start
-        if training and row.first_seconds < QUICK:
-            row.saved_bytes = saved_for_backward(call, inputs.values())
         return call
 
     def once(self, case: Case) -> Sample:

@@ -6,6 +6,15 @@ from problems import FORWARD, TRAINING
 
 OURS = "dass_ops cpu"
 STAGES = ("stage1", "stage2", "stage3", "stage4")
+# What is so of a row unless asked for otherwise.
+PLAIN = {
+    "ragged": False,
+    "reverse": "shape",
+    "channels_last": False,
+    "environment": "",
+    "threads": 0,
+    "dtype": "float32",
+}
 
 
 def targets(rows: Sequence[dict]) -> list[dict]:
@@ -26,8 +35,7 @@ class Table:
         self.rows = rows
 
     def all(self, **conditions: object) -> list[dict]:
-        plain = {"ragged": False, "reverse": "shape", "environment": "", "threads": 0, "dtype": "float32"}
-        wanted = plain | conditions
+        wanted = PLAIN | conditions
         return [r for r in self.rows if all(r[k] == v for k, v in wanted.items())]
 
     def one(self, **conditions: object) -> dict | None:
@@ -35,18 +43,7 @@ class Table:
 
     def like(self, row: dict, **changes: object) -> dict | None:
         """The same row but for `changes`."""
-        keys = (
-            "op",
-            "shape",
-            "batch",
-            "pass",
-            "implementation",
-            "ragged",
-            "reverse",
-            "environment",
-            "threads",
-            "dtype",
-        )
+        keys = ("op", "shape", "batch", "pass", "implementation", *PLAIN)
         return self.one(**({k: row[k] for k in keys} | changes))
 
 

@@ -10,14 +10,14 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-SLOW = 2.0  # seconds; a candidate whose call takes longer is content with a single sample
+SLOW = 1.0  # seconds; a candidate whose call takes longer is content with a single sample
 
 
 @dataclass(frozen=True)
@@ -110,34 +110,54 @@ class Candidate:
         return Statistics.of(self.samples)
 
 
-def round_robin(candidates: Sequence[Candidate], seconds: float, *, least: int = 3, most: int = 300) -> None:
-    """Fills the candidates' `samples`, in rounds, for about `seconds` in all.
+def round_robin(
+    candidates: Sequence[Candidate],
+    seconds: float,
+    *,
+    least: int = 3,
+    most: int = 300,
+    now: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Fills the candidates' `samples`, in rounds, for about `seconds` in all (of the clock `now`).
 
     Every candidate has an equal share of the time. One whose calls are long is left out of rounds, evenly over the whole
-    time, where it is ahead of its share; but each gets `least` samples, or one where a call takes longer than SLOW seconds.
+    time, where it is ahead of its share; but each gets `least` samples, or one where a call takes longer than SLOW seconds,
+    and none more than `most`.
     """
-    if not candidates:
-        return
-    share = seconds / len(candidates)
+    share = seconds / max(1, len(candidates))
     spent = [0.0] * len(candidates)
-    begin = time.perf_counter()
+    begin = now()
+
+    def call(i: int) -> None:
+        start = now()
+        candidates[i].samples.append(candidates[i].once())
+        spent[i] += now() - start
 
     def enough(i: int) -> bool:
         samples = candidates[i].samples
         return len(samples) >= least or (bool(samples) and samples[-1].seconds > SLOW)
 
+    def due(i: int) -> bool:
+        elapsed = (now() - begin) / seconds
+        if elapsed >= 1:
+            return not enough(i)
+        return spent[i] <= share * elapsed and len(candidates[i].samples) < most
+
     with _no_garbage_collection():
-        for _ in range(most):
-            elapsed = (time.perf_counter() - begin) / seconds
-            if elapsed >= 1 and all(enough(i) for i in range(len(candidates))):
+        for i in range(len(candidates)):
+            call(i)
+        while True:
+            turns = len(spent)
+            for i in range(len(candidates)):
+                if due(i):
+                    call(i)
+                    turns -= 1
+            if turns < len(spent):
+                continue
+            waiting = [i for i in range(len(candidates)) if len(candidates[i].samples) < most]
+            if now() - begin >= seconds or not waiting:
                 break
-            for i, candidate in enumerate(candidates):
-                elapsed = (time.perf_counter() - begin) / seconds
-                on_time = elapsed < 1 and spent[i] <= share * elapsed
-                if on_time or not enough(i) and len(candidate.samples) <= least * elapsed:
-                    start = time.perf_counter()
-                    candidate.samples.append(candidate.once())
-                    spent[i] += time.perf_counter() - start
+            call(min(waiting, key=lambda i: spent[i]))  # all are ahead of their share: the time is not used up
 
 
 @contextmanager
@@ -188,10 +208,10 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def saved_for_backward(call: Callable[[], object], inputs: Sequence[torch.Tensor]) -> int:
-    """Bytes that autograd keeps between a forward and its backward, the inputs themselves not counted.
+def saved_for_backward(call: Callable[[], object], inputs: Iterable[torch.Tensor]) -> tuple[object, int]:
+    """Calls once; what it returned, and how many bytes autograd kept between forward and backward, beyond the inputs.
 
-    `call` runs the forward; memory that several saved tensors share counts once.
+    Memory that several saved tensors share counts once.
     """
     known = {t.untyped_storage().data_ptr() for t in inputs}
     saved: dict[int, int] = {}
@@ -203,10 +223,8 @@ def saved_for_backward(call: Callable[[], object], inputs: Sequence[torch.Tensor
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = call()  # kept until the sum is taken, or addresses could be used twice
-        total = sum(saved.values())
-    del result
-    return total
+        result = call()
+    return result, sum(saved.values())
 
 
 def last_level_cache() -> int:
