@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from dass.haystack import DESCRIPTIONS
-from dass.niah_pictures import PUBLISHED, models_of, panels_of, retention_points
+from dass.niah_pictures import PUBLISHED, failures, models_of, panels_of, retention_points
 from dass.niah_progress import describe_length
 from dass.niah_store import OK
 
@@ -126,8 +126,11 @@ def half_kept(lines: Sequence[dict], model: str, panel) -> str:
         return "no result"
     if not kept:
         return "none"
-    longest = "" if len(kept) < len(points) else "≥ "
-    return f"{longest}{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %)"
+    text = f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %)"
+    if len(kept) < len(points):
+        return text
+    failed = [line["status"] for line in failures(lines, model, panel) if line["input_seconds"] > kept[-1][0]]
+    return f"{text}, then {failed[0]}" if failed else f"≥ {text}"
 
 
 def _summary(lines: Sequence[dict]) -> str:

@@ -269,8 +269,8 @@ def _time_axis(axis: Axes) -> None:
 
     low, high = axis.get_xlim()
     times = [t for t in (1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 3600, 9000, 18000, 36000) if low <= t <= high]
-    while len(times) > 9:
-        times = times[::2]
+    if len(times) > 8:
+        times = [t for t in times if t in (1, 10, 60, 600, 3600, 9000, 36000)]
     axis.xaxis.set_major_locator(FixedLocator(times))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: describe_length(value)))

@@ -86,9 +86,9 @@ def group_line(group: Group, lines: Sequence[dict], left: float | None = None) -
 
 
 def describe_seconds(seconds: float) -> str:
-    """45 s, 12 min, 3.4 h."""
+    """0.12 s, 45 s, 12 min, 3.4 h."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
@@ -158,15 +158,14 @@ def _record_death(out: Path, attempt: dict, number: int, seconds: float) -> None
     name = signal.Signals(number).name if number in signal.Signals.__members__.values() else str(number)
     likely = "; the system kills what takes too much memory" if number == signal.SIGKILL else ""
     store = Store(out)
-    for cell in attempt["cells"]:
-        line = dict(zip(CELL_KEYS, cell, strict=True))
-        line |= {
-            "status": CRASHED,
-            "model_id": attempt["model_id"],
-            "error": f"the process was killed by {name} after {seconds:.0f} s{likely}",
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        store.add(line)
-        print(
-            f"{line['model']}  {describe_length(line['length'])}  {line['haystack']}: {line['error']}", file=sys.stderr
-        )
+    outcome = {
+        "status": CRASHED,
+        "model_id": attempt["model_id"],
+        "error": f"the process was killed by {name} after {seconds:.0f} s{likely}",
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    lines = store.add([dict(zip(CELL_KEYS, cell, strict=True)) | outcome for cell in attempt["cells"]])
+    first = lines[0]
+    print(
+        f"{first['model']}  {describe_length(first['length'])}  {first['haystack']}: {first['error']}", file=sys.stderr
+    )
