@@ -35,7 +35,8 @@ def draw_counts(clips: int, draws: int, seed: int) -> Array:
 
 
 def mean_average_precision(scores: Array, target: Array, counts: Array) -> Array:
-    """(draws,): mAP of the clips drawn, over the classes that have a positive among them; NaN where none has.
+    """(draws,): mAP of the clips drawn, over the classes that have both a positive and a negative among them (without a
+    negative every order is perfect); NaN where none has.
 
     scores (clips, classes) float; target (clips, classes) bool; counts (draws, clips), a row of ones for the clips
     themselves. Equal scores are one threshold, as in scikit-learn.
@@ -54,7 +55,7 @@ def mean_average_precision(scores: Array, target: Array, counts: Array) -> Array
             precision = np.divide(found, drawn, out=np.zeros_like(found), where=drawn > 0)
             gained = np.diff(found, axis=1, prepend=0.0)
             area = (precision * gained).sum(axis=1)
-            known = positives > 0
+            known = (positives > 0) & (positives < drawn[:, -1])
             total[first : first + rows][known] += area[known] / positives[known]
             defined[first : first + rows] += known
     return np.divide(total, defined, out=np.full(len(counts), np.nan), where=defined > 0)

@@ -50,8 +50,8 @@ class TagConfig:
     """Events of one class with at most this much time between them are one [s]."""
     pool: Literal["mean", "peak"] = "mean"
     """Score of a class in a long file: its mean over time, or its peak."""
-    scores: Literal["sigmoid", "softmax"] = "sigmoid"
-    """From the model's output to scores: each class for itself, or exactly one class is right."""
+    scores: Literal["model", "sigmoid", "softmax"] = "model"
+    """From the model's output to scores: as the run was trained, each class for itself, or exactly one class is right."""
     json: bool = False
     """Print one JSON object a line instead."""
     csv: bool = False

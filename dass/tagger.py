@@ -47,7 +47,8 @@ class Tagger:
         device: e.g. "cpu", "cuda:1"; default: the GPU where there is one.
         backend: of the scan operator; default: the device's best.
         batch: windows that go through the model at once.
-        scores: how logits become scores: "sigmoid" (each class for itself) or "softmax" (exactly one class is right).
+        scores: how logits become scores: "sigmoid" (each class for itself), "softmax" (exactly one class is right), or
+            "model": as the run trained it (its config.toml), sigmoid where that is not known.
         labels, front_end: for a module that does not carry them as `config.id2label` and `front_end`.
     """
 
@@ -58,14 +59,16 @@ class Tagger:
         device: str | torch.device | None = None,
         backend: str | None = None,
         batch: int = 8,
-        scores: Literal["sigmoid", "softmax"] = "sigmoid",
+        scores: Literal["model", "sigmoid", "softmax"] = "model",
         labels: Sequence[str] | None = None,
         front_end: LogMelConfig | None = None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1 window, got {batch}")
-        if scores not in ("sigmoid", "softmax"):
-            raise ValueError(f"scores must be 'sigmoid' or 'softmax', got {scores!r}")
+        if scores not in ("model", "sigmoid", "softmax"):
+            raise ValueError(f"scores must be 'model', 'sigmoid' or 'softmax', got {scores!r}")
+        if scores == "model":
+            scores = "sigmoid" if isinstance(model, nn.Module) else trained_scores(model)
         if not isinstance(model, nn.Module):
             from dass.model import DASS
 
@@ -223,6 +226,18 @@ class Tagger:
         if config.frames is not None and config.frames_of(waveform.numel()) > config.frames:
             front_end = LogMel(replace(config, frames=None))
         return Segment(0.0, waveform.numel() / self.sample_rate, self.score(waveform[None], front_end)[0])
+
+
+def trained_scores(source: str | Path) -> Literal["sigmoid", "softmax"]:
+    """Whether a run, or a checkpoint in its folder, was trained for one label a clip ("softmax") or several."""
+    from dass.config_files import read_config_file
+
+    folder = Path(source)
+    for config in (folder / "config.toml", folder.parent / "config.toml", folder.parent.parent / "config.toml"):
+        if folder.exists() and config.is_file():
+            single = read_config_file(config).get("train", {}).get("labels") == "single-label"
+            return "softmax" if single else "sigmoid"
+    return "sigmoid"
 
 
 def front_end_of(model: nn.Module) -> LogMelConfig:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -247,6 +248,16 @@ def test_one_line_a_file_and_the_same_as_json_and_csv(checkpoint, tmp_path, caps
     rows = list(csv.DictReader(io.StringIO(command(capsys, *files, "--model", checkpoint, "--csv")[1])))
     assert len(rows) == 6 and rows[0]["label"] == records[0]["tags"][0]["label"]
     assert not (tmp_path / "tags").exists()
+
+
+@pytest.mark.parametrize("labels, total", [("single-label", 1.0), ("multi-label", None)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_scores_are_what_the_run_was_trained_for(labels, total, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.toml").write_text(f'[train]\nlabels = "{labels}"\n')
+    for source in (tmp_path / "run", tmp_path / "run" / "best"):
+        tags = Tagger(source, backend="reference").tag(tone(300, 0.3), topk=None)
+        assert (sum(tag.score for tag in tags) == pytest.approx(1.0)) == (total is not None)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
