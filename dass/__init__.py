@@ -21,6 +21,7 @@ _MODULE_OF = {
     "Trainer": "trainer",
     "TrainConfig": "config",
     "DistillConfig": "distill",
+    "NiahConfig": "niah",
 }
 
 __all__ = list(_MODULE_OF)
