@@ -23,6 +23,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def is_main_process() -> bool:
+    """Whether this is process 0, also outside a process group."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """A line for the reader, from process 0 alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dass.checkpoint import write_json
 from dass.config_files import ConfigError
+from dass.distributed import is_main_process, say
 from dass.manifest import read_manifest
 from dass.run_folder import RunFolderError
 
@@ -39,7 +40,7 @@ def train_folds(config: TrainConfig, default_folder: Path) -> dict[str, Any]:
     results = {}
     for fold in folds:
         run = replace(config.run, folder=folder / f"fold-{fold}")
-        print(f"fold {fold} of {', '.join(folds)}", flush=True)
+        say(f"fold {fold} of {', '.join(folds)}")
         results[fold] = Trainer(replace(config, data=replace(data, fold=fold), run=run)).fit().best
     summary = {"folds": results, "mean": {}, "standard_deviation": {}}
     for name in results[folds[0]]:
@@ -49,7 +50,8 @@ def train_folds(config: TrainConfig, default_folder: Path) -> dict[str, Any]:
             summary["standard_deviation"][name] = statistics.stdev(values)
     for best in results.values():
         best.update({name: None for name, value in best.items() if not math.isfinite(value)})
-    write_json(folder / "folds.json", summary)
+    if is_main_process():
+        write_json(folder / "folds.json", summary)
     for name, mean in summary["mean"].items():
-        print(f"{name.replace('_', ' ')}: {mean:.4f} +- {summary['standard_deviation'][name]:.4f}", flush=True)
+        say(f"{name.replace('_', ' ')}: {mean:.4f} +- {summary['standard_deviation'][name]:.4f}")
     return summary

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,8 @@ class RunLog:
         self._bar = None
         self._lines = config.progress == "lines" or (config.progress == "auto" and not sys.stdout.isatty())
         self._quiet = config.progress == "off" or not main
-        self._writers: list[Any] = []
+        self._writers: list[Callable[[dict[str, float], int], None]] = []
+        self._closers: list[Callable[[], None]] = []
         if folder is None or not main:
             return
         path = folder / "metrics.jsonl"
@@ -113,7 +114,10 @@ class RunLog:
         """Close the files; the log says nothing afterwards."""
         if self.main and self.folder is not None:
             self._file.close()
+        for close in self._closers:
+            close()
         self._writers.clear()
+        self._closers.clear()
 
     def _open_writers(self, resumed_step: int) -> None:
         if self.config.tensorboard:
@@ -130,6 +134,7 @@ class RunLog:
                     board.flush()
 
                 self._writers.append(to_board)
+                self._closers.append(board.close)
         if self.config.wandb is not None:
             try:
                 import wandb
@@ -148,6 +153,7 @@ class RunLog:
                 resume="allow",
             )
             self._writers.append(lambda numbers, step: run.log(numbers, step=step))
+            self._closers.append(run.finish)
 
 
 class Progress:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dass.cli import ParsedCommand, parse
 from dass.config import TrainConfig
 from dass.config_files import ConfigError, config_to_toml
+from dass.distributed import say
 
 if TYPE_CHECKING:
     from dass.trainer import RunResult
@@ -51,12 +52,12 @@ def run(command: ParsedCommand) -> None:
     config = with_trained_teacher(command.config)
     default = Path("runs") / _name(command)
     if command.profile:
-        print(Trainer(config).profile())
+        say(Trainer(config).profile())
     elif config.data.fold == ALL_FOLDS:
         train_folds(config, default)
     else:
         result = Trainer(config, default).fit()
-        _say(_closing(result, time.monotonic() - start))
+        say(_closing(result, time.monotonic() - start))
 
 
 def with_trained_teacher(config: TrainConfig) -> TrainConfig:
@@ -67,9 +68,9 @@ def with_trained_teacher(config: TrainConfig) -> TrainConfig:
     if TRAIN not in config.distill.teacher:
         return config
     folder = teacher_run(config)[0].run.folder
-    _say(f"teacher: {folder}")
+    say(f"teacher: {folder}")
     result = train_teacher(config)
-    _say("teacher: " + ", ".join(f"{name} {value:.4g}" for name, value in result.best.items()))
+    say("teacher: " + ", ".join(f"{name} {value:.4g}" for name, value in result.best.items()))
     sources = tuple(str(folder) if source == TRAIN else source for source in config.distill.teacher)
     return replace(config, distill=replace(config.distill, teacher=sources))
 
@@ -86,13 +87,6 @@ def _closing(result: RunResult, seconds: float) -> str:
         f"best model: {best}\n{seconds:.0f} s; everything is in {result.folder}\n"
         f"tag a file with it:\n  python -m dass.tag {shlex.quote(result.example)} --model {result.folder}"
     )
-
-
-def _say(text: str) -> None:
-    from dass.distributed import rank
-
-    if rank() == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":
