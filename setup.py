@@ -77,6 +77,8 @@ def extensions():
     link = os.environ.get("DASS_OPS_LDFLAGS", "").split()
     # at::parallel_for needs OpenMP at compile time. It is not linked: the runtime must be the one that torch has loaded.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+    # Sums are fused with products where the kernels say so and nowhere else: plans of work must agree to the bit.
+    cpu = [*common, *openmp, "-ffp-contract=off"]
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
     include = [str(ROOT / "csrc")]
     modules = [
@@ -84,7 +86,7 @@ def extensions():
             "dass_ops._C",
             ["csrc/schema.cpp", *sources("csrc/cpu")],
             include_dirs=include,
-            extra_compile_args={"cxx": common + openmp},
+            extra_compile_args={"cxx": cpu},
             extra_link_args=link,
             depends=headers,
         )

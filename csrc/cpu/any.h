@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/kernels.h"
 
 namespace dass::cpu {
 

@@ -1,19 +1,70 @@
-// The CPU kernels and what they share that is not arithmetic. No ATen here.
+// The CPU kernels and what they share that is not arithmetic. No ATen here, and nothing that an instruction set's translation
+// unit could instantiate for others: see vector/README in README.md.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
 
 #include "arguments.h"
 
 namespace dass::cpu {
 
-// Runs task(0) .. task(count - 1) on torch's intra-op threads, each exactly once; the calling thread alone where it is already
-// one of them. Which thread runs a task is left open: tasks write to places of their own, and sums over tasks are taken
-// afterwards in a fixed order, so that results do not depend on the number of threads.
-void parallel_tasks(int64_t count, const std::function<void(int64_t)>& task);
+// Runs run(context, 0) .. run(context, count - 1) on torch's intra-op threads, each exactly once; the calling thread alone where
+// it is already one of them. Which thread runs a task is left open: tasks write to places of their own, and sums over tasks are
+// taken afterwards in a fixed order, so that results do not depend on the number of threads.
+void parallel_tasks(int64_t count, void (*run)(void* context, int64_t task), void* context);
+int64_t thread_count();
 
-// Any sizes, any dtype; scan_any.cpp, ss2d_any.cpp.
+namespace {  // a lambda is a type of its translation unit
+template <typename Task>
+inline void parallel(int64_t count, Task task) {
+  parallel_tasks(count, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); }, &task);
+}
+}  // namespace
+
+// Memory for the length of an operator: aligned to 64 bytes, uninitialised, on huge pages where it is large.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  void* data_;
+};
+
+// The calling thread's scratch memory, aligned to 64 bytes, valid until its next call; what exceeds a few MB is given back when
+// the operator ends.
+void* thread_scratch(size_t bytes);
+
+// Asks for huge pages behind memory that is about to be written for the first time: page faults, one per 4 KB, otherwise take
+// longer than the arithmetic.
+void advise_huge_pages(void* data, size_t bytes);
+
+// One instruction set's kernels for float32, bfloat16 and float16. Each returns false, having done nothing, where the arguments
+// are not for it: the kernels for any size then do the work.
+struct Kernels {
+  const char* name;
+  bool (*scan_forward)(const ScanForward&);
+  bool (*scan_backward)(const ScanBackward&);
+  bool (*ss2d_forward)(const Ss2dForward&);
+  bool (*ss2d_backward)(const Ss2dBackward&);
+  void (*elementary)(int function, const float* x, float* y, int64_t n);  // for tests; see elementary_functions
+};
+
+constexpr const char* elementary_functions[] = {"exp", "softplus", "sigmoid", "bfloat16", "float16"};
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+// Those of the best instruction set that the processor has, or of DASS_OPS_CPU=avx512|avx2|scalar.
+const Kernels& kernels();
+
+// Any sizes, any dtype: scan_any.cpp, ss2d_any.cpp.
 void scan_forward_any(const ScanForward& arguments);
 void scan_backward_any(const ScanBackward& arguments);
 void ss2d_forward_any(const Ss2dForward& arguments);

@@ -1,22 +1,12 @@
-// The operators of schema.cpp for CPU tensors: checks, allocation, threads. The arithmetic is in the other files of this folder.
+// The operators of schema.cpp for CPU tensors: checks, allocation, and which kernels run. The arithmetic is in the other files of
+// this folder.
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
-
-#include <atomic>
 
 #include "check_arguments.h"
 #include "cpu/kernels.h"
 
 namespace dass::cpu {
-
-void parallel_tasks(int64_t count, const std::function<void(int64_t)>& task) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-  });
-}
 
 namespace {
 
@@ -30,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(const Tensor& u, const Tensor& d
                                                 at::ScalarType out_dtype) {
   const auto call = prepare_scan_forward({u, delta, A, B, C, D, z, delta_bias, initial_state}, delta_softplus, reverse, chunk,
                                          out_dtype);
-  scan_forward_any(call.prepared.arguments);
+  if (!kernels().scan_forward(call.prepared.arguments)) scan_forward_any(call.prepared.arguments);
   return call.outputs();
 }
 
@@ -41,14 +31,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     int64_t chunk) {
   const auto call = prepare_scan_backward(d_out, d_last_state, {u, delta, A, B, C, D, z, delta_bias, initial_state},
                                           boundary_states, delta_softplus, reverse, chunk);
-  scan_backward_any(call.prepared.arguments);
+  if (!kernels().scan_backward(call.prepared.arguments)) scan_backward_any(call.prepared.arguments);
   return call.outputs();
 }
 
 std::tuple<Tensor, Tensor> ss2d_forward(const Tensor& x, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
                                         const Tensor& A_logs, const Tensor& Ds, int64_t chunk, at::ScalarType out_dtype) {
   const auto call = prepare_ss2d_forward({x, x_dbl, dt_weight, dt_bias, A_logs, Ds}, chunk, out_dtype);
-  ss2d_forward_any(call.prepared.arguments);
+  if (!kernels().ss2d_forward(call.prepared.arguments)) ss2d_forward_any(call.prepared.arguments);
   return call.outputs();
 }
 
@@ -58,12 +48,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ss2d_backward(const T
                                                                          const Tensor& Ds, const Tensor& boundary_states,
                                                                          int64_t chunk) {
   const auto call = prepare_ss2d_backward(d_y, {x, x_dbl, dt_weight, dt_bias, A_logs, Ds}, boundary_states, chunk);
-  ss2d_backward_any(call.prepared.arguments);
+  if (!kernels().ss2d_backward(call.prepared.arguments)) ss2d_backward_any(call.prepared.arguments);
   return call.outputs();
+}
+
+std::string instruction_set() { return kernels().name; }
+
+Tensor elementary(const Tensor& x, c10::string_view function) {
+  const auto names = at::ArrayRef<const char*>(elementary_functions);
+  const auto found = std::find(names.begin(), names.end(), function);
+  TORCH_CHECK(found != names.end(), "function is '", function, "'; expected one of ", names, ".");
+  check_dtype(x, at::kFloat, "x");
+  const Tensor from = x.contiguous(), to = at::empty_like(from);
+  kernels().elementary(static_cast<int>(found - names.begin()), from.const_data_ptr<float>(), to.mutable_data_ptr<float>(),
+                       from.numel());
+  return to;
 }
 
 }  // namespace
 }  // namespace dass::cpu
+
+// What only the CPU has: the instruction set in use, and its elementary functions, for tests.
+TORCH_LIBRARY_FRAGMENT(dass_ops, m) {
+  m.def("cpu_instruction_set() -> str", dass::cpu::instruction_set);
+  m.def("cpu_elementary(Tensor x, str function) -> Tensor", dass::cpu::elementary);
+}
 
 TORCH_LIBRARY_IMPL(dass_ops, CPU, m) {
   m.impl("scan_forward", dass::cpu::scan_forward);

@@ -1,7 +1,6 @@
 // The selective scan for any sizes and dtypes, forward and backward: one channel at a time, chunk by chunk.
 
 #include "cpu/any.h"
-#include "cpu/kernels.h"
 
 namespace dass::cpu {
 namespace {
@@ -17,7 +16,7 @@ class ProjectionRows {
     const int64_t rows = sizes.batch * sizes.directions * p.groups * sizes.state, length = sizes.length;
     copy_.resize(rows * length);
     const int64_t N = sizes.state, G = p.groups, K = sizes.directions;
-    parallel_tasks(sizes.batch * K * G, [&](int64_t i) {
+    parallel(sizes.batch * K * G, [&](int64_t i) {
       const int64_t b = i / (K * G), k = i / G % K, g = i % G;
       for (int64_t n = 0; n < N; ++n)
         load_row(sizes.io, p.data, b * p.batch + k * p.direction + g * p.group + n * p.state,
@@ -67,7 +66,7 @@ void forward(const ScanForward& f) {
   const int64_t K = sizes.directions, D = sizes.channels, L = sizes.length, N = sizes.state, outputs = sizes.outputs();
   const int64_t tile = std::min(tile_of(sizes), std::max<int64_t>(L, 1)), tiles = L == 0 ? 0 : (L + tile - 1) / tile;
   const ProjectionRows<S> B(f.B, sizes), C(f.C, sizes);
-  parallel_tasks(sizes.batch * outputs * D, [&](int64_t item) {
+  parallel(sizes.batch * outputs * D, [&](int64_t item) {
     const int64_t b = item / (outputs * D), o = item / D % outputs, d = item % D;
     Scratch<S> s(tile);
     std::vector<S> h(N), sum(sizes.shared ? L : 0, S(0));
@@ -139,7 +138,7 @@ struct ProjectionGradient {
       return;
     }
     const int64_t per_group = units / G * splits;
-    parallel_tasks(sizes.batch * K * G * N, [&](int64_t i) {
+    parallel(sizes.batch * K * G * N, [&](int64_t i) {
       const int64_t bkg = i / N, n = i % N;
       std::vector<S> sum(L, S(0));
       for (int64_t slab = bkg * per_group; slab < (bkg + 1) * per_group; ++slab)
@@ -164,7 +163,7 @@ void backward(const ScanBackward& f) {
   ProjectionGradient<S> d_B(sizes, f.B, units, splits), d_C(sizes, f.C, units, splits);
   const int64_t sequences = batch * K * D;
   std::vector<S> d_A(sequences * N, S(0)), d_D(sequences, S(0)), d_bias(sequences, S(0));
-  parallel_tasks(rows * splits, [&](int64_t item) {
+  parallel(rows * splits, [&](int64_t item) {
     const int64_t split = item % splits, unit = item / splits % units, o = item / (splits * units) % sizes.outputs(),
                   b = item / (splits * units * sizes.outputs());
     Scratch<S> s(tile);

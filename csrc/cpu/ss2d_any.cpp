@@ -2,7 +2,6 @@
 // column by column, and so is x_dbl of one image; directions 2 and 3 walk directions 0 and 1 from the end.
 
 #include "cpu/any.h"
-#include "cpu/kernels.h"
 
 namespace dass::cpu {
 namespace {
@@ -23,7 +22,7 @@ template <typename S>
 std::vector<S> ordered(const Ss2dSizes& sizes, const LowRank& p) {
   const int64_t rows = sizes.rows(), L = sizes.length();
   std::vector<S> result(sizes.batch * 4 * rows * L);
-  parallel_tasks(sizes.batch * 4 * rows, [&](int64_t i) {
+  parallel(sizes.batch * 4 * rows, [&](int64_t i) {
     const int64_t b = i / (4 * rows), k = i / rows % 4, row = i % rows, offset = b * p.batch + k * p.direction + row * p.row;
     S* to = result.data() + i * L;
     if (k % 2 == 0) return load_row(sizes.io, p.data, offset, to, L);
@@ -70,7 +69,7 @@ void forward(const Ss2dForward& f) {
   const int64_t tiles = L == 0 ? 0 : (L + tile - 1) / tile;
   const auto x_dbl = ordered<S>(sizes, f.x_dbl);
   const Weights<S> weights(f);
-  parallel_tasks(sizes.batch * D, [&](int64_t item) {
+  parallel(sizes.batch * D, [&](int64_t item) {
     const int64_t b = item / D, d = item % D;
     Scratch<S> s(tile);
     std::vector<S> h(N), x[2] = {std::vector<S>(L), std::vector<S>(L)}, y[2] = {std::vector<S>(L), std::vector<S>(L, S(0))};
@@ -113,7 +112,7 @@ void backward(const Ss2dBackward& f) {
   std::vector<S> partial(batch * slabs * 4 * rows * L, S(0));
   std::vector<S> d_A(batch * 4 * D * N, S(0)), d_bias(batch * 4 * D, S(0)), d_weight(batch * 4 * D * R, S(0)),
       d_D(batch * D, S(0));
-  parallel_tasks(batch * slabs, [&](int64_t item) {
+  parallel(batch * slabs, [&](int64_t item) {
     const int64_t b = item / slabs, slab = item % slabs;
     Scratch<S> s(tile);
     std::vector<S> mu(N), x[2] = {std::vector<S>(L), std::vector<S>(L)}, g[2] = {std::vector<S>(L), std::vector<S>(L)},
@@ -155,7 +154,7 @@ void backward(const Ss2dBackward& f) {
       store_row(sizes.io, f.d_x, (b * D + d) * L, dx[0].data(), L);
     }
   });
-  parallel_tasks(batch * 4 * rows, [&](int64_t i) {
+  parallel(batch * 4 * rows, [&](int64_t i) {
     const int64_t b = i / (4 * rows), k = i / rows % 4, row = i % rows;
     std::vector<S> sum(L, S(0)), map(L);
     for (int64_t slab = 0; slab < slabs; ++slab) {

@@ -1,0 +1,58 @@
+// The kernels of one instruction set, assembled. Included by scalar.cpp, avx2.cpp and avx512.cpp after their vector layer, and
+// after whatever makes the compiler use the instruction set. Everything here is in unnamed namespaces: each of those files gets
+// its own, and none can end up being used by another.
+
+#include "cpu/vector/elementary.h"
+#include "cpu/vector/block_scan.h"
+#include "cpu/vector/rows.h"
+#include "cpu/scan_rows_forward.h"
+#include "cpu/lanes.h"
+#include "cpu/ss2d_common.h"
+#include "cpu/ss2d_forward.h"
+
+namespace dass::cpu {
+namespace {
+
+bool fits(Dtype io, int64_t chunk) {
+  return io != Dtype::float64 && (chunk == 0 || (chunk % block == 0 && row_tile % chunk == 0));
+}
+
+bool scan_forward(const ScanForward& f) {
+  const ScanSizes& sizes = f.sizes;
+  if (!fits(sizes.io, sizes.chunk) || sizes.length == 0 || sizes.state == 0) return false;
+  return scan_forward_rows(f);
+}
+
+bool scan_backward(const ScanBackward&) { return false; }
+bool ss2d_forward(const Ss2dForward& f) {
+  const Ss2dSizes& sizes = f.sizes;
+  if (sizes.io == Dtype::float64 || sizes.chunk > 256 || sizes.state == 0) return false;
+  if (sizes.length() == 0 || sizes.length() > UINT32_MAX) return false;
+  return ss2d_forward_lanes(f);
+}
+
+bool ss2d_backward(const Ss2dBackward&) { return false; }
+
+void elementary(int function, const float* x, float* y, int64_t n) {
+  uint16_t bits[W];
+  for (int64_t i = 0; i < n; i += W) {
+    const int lanes = static_cast<int>(smaller_of(W, n - i));
+    const V v = load_part(x + i, lanes);
+    V result = v;
+    switch (function) {
+      case 0: result = exp2(v * all(log2_e)); break;
+      case 1: result = softplus(v); break;
+      case 2: result = sigmoid_from(v, exp_of_negative_magnitude(v)); break;
+      case 3: store_bfloat16(bits, v), result = load_bfloat16(bits); break;
+      case 4: store_float16(bits, v), result = load_float16(bits); break;
+    }
+    store_part(y + i, result, lanes);
+  }
+}
+
+}  // namespace
+
+extern const Kernels DASS_KERNELS;
+const Kernels DASS_KERNELS = {DASS_NAME, scan_forward, scan_backward, ss2d_forward, ss2d_backward, elementary};
+
+}  // namespace dass::cpu

@@ -1,0 +1,99 @@
+// Threads, memory and the choice of the instruction set.
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace dass::cpu {
+namespace {
+
+constexpr size_t huge_page = size_t{2} << 20, kept_scratch = size_t{8} << 20;
+
+void* allocate(size_t bytes) {
+  const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
+  void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0));
+  if (data == nullptr) throw std::bad_alloc();
+  advise_huge_pages(data, bytes);
+  return data;
+}
+
+struct Scratch {
+  void* data = nullptr;
+  size_t bytes = 0;
+
+  void* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      release();
+      data = allocate(wanted);
+      bytes = wanted;
+    }
+    return data;
+  }
+  void release() {
+    std::free(data);
+    data = nullptr;
+    bytes = 0;
+  }
+  ~Scratch() { release(); }
+};
+thread_local Scratch scratch;
+
+const Kernels* choose() {
+  const char* wanted = std::getenv("DASS_OPS_CPU");
+  const auto is_wanted = [&](const char* name) { return wanted == nullptr || *wanted == 0 || std::strcmp(wanted, name) == 0; };
+  std::string here = "scalar";
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && is_wanted("avx512")) return &kernels_avx512;
+  if (avx2 && is_wanted("avx2")) return &kernels_avx2;
+  here = avx512 ? "avx512, avx2, scalar" : avx2 ? "avx2, scalar" : "scalar";
+#endif
+  if (is_wanted("scalar")) return &kernels_scalar;
+  TORCH_CHECK(false, "DASS_OPS_CPU is '", wanted, "'; expected one of the instruction sets that run here: ", here,
+              ". Unset it to take the best.");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+int64_t thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void parallel_tasks(int64_t count, void (*run)(void*, int64_t), void* context) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(context, i);
+    if (scratch.bytes > kept_scratch) scratch.release();
+  });
+}
+
+Buffer::Buffer(size_t bytes) : data_(allocate(bytes)) {}
+Buffer::~Buffer() { std::free(data_); }
+
+void* thread_scratch(size_t bytes) { return scratch.at_least(bytes); }
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge_page * huge_page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is harmless
+#endif
+}
+
+}  // namespace dass::cpu

@@ -1,0 +1,97 @@
+// The vector layer over AVX-512: 16 floats. What each function does is said in portable.h, its plainest form.
+#pragma once
+
+#include <immintrin.h>
+
+#define DASS_VECTOR_TABLE  // 16 entries looked up in a register
+
+namespace dass::cpu {
+namespace {
+
+using V = __m512;
+constexpr int W = 16;
+
+inline V all(float x) { return _mm512_set1_ps(x); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+inline void stream(float* p, V x) { _mm512_stream_ps(p, x); }
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline V load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store_part(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V fms(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
+inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
+inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+inline V negative_magnitude(V x) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN))); }
+inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V times_power_of_two(V p, V n) { return _mm512_scalef_ps(p, n); }
+inline V reciprocal(V x) {
+  const V r = _mm512_rcp14_ps(x);
+  return fma(r, _mm512_fnmadd_ps(x, r, all(1.0f)), r);
+}
+inline V where_not_negative(V x, V a, V b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), a, b);
+}
+inline __m512i table_index(V x) { return _mm512_cvtps_epi32(x); }
+inline V table(const float* entries, __m512i index) { return _mm512_permutexvar_ps(index, _mm512_load_ps(entries)); }
+
+inline V load_bfloat16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline V load_float16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store_bfloat16(uint16_t* p, V x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline void store_float16(uint16_t* p, V x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline V unpack_low(V a, V b) { return _mm512_unpacklo_ps(a, b); }
+inline V unpack_high(V a, V b) { return _mm512_unpackhi_ps(a, b); }
+inline V unpack_low_pairs(V a, V b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline V unpack_high_pairs(V a, V b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+
+template <int s, bool reversed>
+inline V shift(V x, V fill) {
+  const __m512i a = _mm512_castps_si512(x), f = _mm512_castps_si512(fill);
+  return _mm512_castsi512_ps(reversed ? _mm512_alignr_epi32(f, a, s) : _mm512_alignr_epi32(a, f, W - s));
+}
+template <bool reversed>
+inline V last_everywhere(V x) {
+  return reversed ? _mm512_broadcastss_ps(_mm512_castps512_ps128(x)) : _mm512_permutexvar_ps(_mm512_set1_epi32(15), x);
+}
+
+inline V groups_in_order(V x) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+template <bool reversed>
+inline V before_each_group(V x, V carry) {
+  const __m512i from = reversed ? _mm512_setr_epi32(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 4, 8, 12, 16)
+                                : _mm512_setr_epi32(16, 3, 7, 11, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14);
+  return _mm512_permutex2var_ps(x, from, carry);
+}
+
+inline void exchange_pieces(V* r) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const V x0 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x44), x1 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xee);
+    const V x2 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x44), x3 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xee);
+    r[i] = _mm512_shuffle_f32x4(x0, x2, 0x88);
+    r[4 + i] = _mm512_shuffle_f32x4(x0, x2, 0xdd);
+    r[8 + i] = _mm512_shuffle_f32x4(x1, x3, 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(x1, x3, 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace dass::cpu

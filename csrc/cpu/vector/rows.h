@@ -1,0 +1,113 @@
+// Stretches of memory in an I/O dtype as rows of floats, and the loops over rows that the kernels share.
+#pragma once
+
+namespace dass::cpu {
+namespace {
+
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+inline int64_t size_of(Dtype type) { return type == Dtype::float32 ? 4 : 2; }
+inline const void* element(Dtype type, const void* data, int64_t i) {
+  return static_cast<const char*>(data) + i * size_of(type);
+}
+inline void* element(Dtype type, void* data, int64_t i) { return static_cast<char*>(data) + i * size_of(type); }
+
+// n numbers as floats, then zeros up to `padded` (a multiple of W).
+inline void load_row(Dtype type, const void* from, float* to, int64_t n, int64_t padded) {
+  int64_t i = 0;
+  if (type == Dtype::float32) {
+    const float* p = static_cast<const float*>(from);
+    for (; i + W <= n; i += W) store(to + i, load(p + i));
+    if (i < n) store(to + i, load_part(p + i, static_cast<int>(n - i)));
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(from);
+    const auto convert = [type](const uint16_t* q) { return type == Dtype::bfloat16 ? load_bfloat16(q) : load_float16(q); };
+    for (; i + W <= n; i += W) store(to + i, convert(p + i));
+    if (i < n) {
+      uint16_t part[W] = {};
+      __builtin_memcpy(part, p + i, 2 * (n - i));
+      store(to + i, convert(part));
+    }
+  }
+  for (i = round_up(n, W); i < padded; i += W) store(to + i, all(0.0f));
+}
+
+// The row itself where it is float32 and nothing has to be padded, else a copy in `spare`.
+inline const float* row_of(Dtype type, const void* from, float* spare, int64_t n, int64_t padded) {
+  if (type == Dtype::float32 && n == padded) return static_cast<const float*>(from);
+  load_row(type, from, spare, n, padded);
+  return spare;
+}
+
+inline void store_row(Dtype type, void* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  if (type == Dtype::float32) {
+    float* p = static_cast<float*>(to);
+    for (; i + W <= n; i += W) store(p + i, load(from + i));
+    if (i < n) store_part(p + i, load(from + i), static_cast<int>(n - i));
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(to);
+    const auto convert = [type](uint16_t* q, V x) { type == Dtype::bfloat16 ? store_bfloat16(q, x) : store_float16(q, x); };
+    for (; i + W <= n; i += W) convert(p + i, load(from + i));
+    if (i < n) {
+      uint16_t part[W];
+      convert(part, load(from + i));
+      __builtin_memcpy(p + i, part, 2 * (n - i));
+    }
+  }
+}
+
+// What a tile of this many elements will need soon, fetched in the course of the loops over the present one: hardware prefetchers
+// stop at the end of a page, and rows end everywhere. Null: nothing.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes = 4;  // of an element
+
+  void fetch(int64_t i) const {
+    if (at != nullptr) __builtin_prefetch(at + i * bytes);
+  }
+};
+
+// Step sizes from delta + bias, 0 (which leaves the state as it is) beyond n. Two loops: each keeps its constants in registers.
+inline void step_sizes(const float* delta, float bias, bool with_softplus, float* dt, int64_t n, int64_t padded, Ahead ahead) {
+  const V shift_by = all(bias);
+  if (with_softplus) {
+    for (int64_t i = 0; i < padded; i += W) {
+      ahead.fetch(i);
+      store(dt + i, exp_of_negative_magnitude(load(delta + i) + shift_by));
+    }
+    for (int64_t i = 0; i < padded; i += W) store(dt + i, softplus_from(load(delta + i) + shift_by, load(dt + i)));
+  } else {
+    for (int64_t i = 0; i < padded; i += W) {
+      ahead.fetch(i);
+      store(dt + i, load(delta + i) + shift_by);
+    }
+  }
+  for (int64_t i = n; i < padded; ++i) dt[i] = 0.0f;
+}
+
+// y times silu(z).
+inline void gate_row(float* y, const float* z, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const V gate = load(z + i);
+    store(y + i, load(y + i) * gate * sigmoid_from(gate, exp_of_negative_magnitude(gate)));
+  }
+}
+
+inline void fill_row(float* to, float value, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(to + i, all(value));
+}
+
+inline float sum_of_lanes(V x) {
+  float lane[W];
+  store(lane, x);
+  for (int width = W / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+}  // namespace
+}  // namespace dass::cpu
