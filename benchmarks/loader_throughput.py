@@ -77,9 +77,7 @@ def stages_of(source, front_end: LogMelConfig, cache: Path) -> dict:
     else:
         stages = {
             "decode": lambda indices: [load_native(source[i].path, duration=10.24) for i in indices.tolist()],
-            "+ resample": lambda indices: [
-                load_audio(source[i].path, duration=10.24) for i in indices.tolist()
-            ],
+            "+ resample": lambda indices: [load_audio(source[i].path, duration=10.24) for i in indices.tolist()],
         }
     stages["+ log-mel = evaluation batch"] = batch(plain, False)
     stages["training batch"] = batch(training, True)
@@ -97,8 +95,7 @@ def measure(source, front_end: LogMelConfig, seconds: float, cache: Path) -> lis
     for stage in stages.values():
         stage(indices)
     candidates = [
-        Candidate(name, lambda stage=stage: clock.once(lambda: stage(indices)))
-        for name, stage in stages.items()
+        Candidate(name, lambda stage=stage: clock.once(lambda: stage(indices))) for name, stage in stages.items()
     ]
     round_robin(candidates, seconds)
     rows = []
@@ -126,9 +123,7 @@ def main() -> None:
         if config.data is None:
             sources = {"built-in corpus, 2 s": (SyntheticCorpus(), LogMelConfig(frames=200))}
             recordings = make_recordings(Path(folder))
-            sources |= {
-                f"10 s, {name}": (found, LogMelConfig(frames=frames)) for name, found in recordings.items()
-            }
+            sources |= {f"10 s, {name}": (found, LogMelConfig(frames=frames)) for name, found in recordings.items()}
         else:
             manifest = read_manifest(config.data, label_regex=config.label_regex)
             sources = {str(config.data): (manifest, LogMelConfig(frames=frames))}

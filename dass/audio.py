@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 AUDIO_SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64".split())
-RESAMPLING_MARGIN = (
-    0.01  # s read beyond a part's end, so that its last samples are not those of a file that ends there
-)
+RESAMPLING_MARGIN = 0.01  # s read beyond a part's end, so that its last samples are not those of a file that ends there
 WINDOW_MS = 25.0  # Kaldi's frame length, which the published front end leaves at its default
 
 
@@ -28,9 +26,7 @@ class AudioError(Exception):
     """A sound file that cannot be used: `path` and `reason`."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(
-            str(path), reason
-        )  # both as args, so that the error survives the way out of a worker
+        super().__init__(str(path), reason)  # both as args, so that the error survives the way out of a worker
         self.path, self.reason = str(path), reason
 
     def __str__(self) -> str:
@@ -77,9 +73,7 @@ def audio_info(path: str | Path) -> AudioInfo:
 
 
 def _mono(block: np.ndarray, path: str | Path) -> Tensor:
-    waveform = torch.from_numpy(block if block.shape[1] == 1 else block.mean(axis=1, keepdims=True))[
-        :, 0
-    ].contiguous()
+    waveform = torch.from_numpy(block if block.shape[1] == 1 else block.mean(axis=1, keepdims=True))[:, 0].contiguous()
     if not torch.isfinite(waveform).all():
         raise AudioError(path, "holds samples that are not finite numbers")
     return waveform
@@ -104,9 +98,7 @@ def load_native(path: str | Path, *, start: float = 0.0, duration: float | None 
         first = round(start * rate)
         if first:
             if first >= file.frames:
-                raise AudioError(
-                    path, f"ends at {file.frames / rate:.2f} s, before the start asked for, {start:.2f} s"
-                )
+                raise AudioError(path, f"ends at {file.frames / rate:.2f} s, before the start asked for, {start:.2f} s")
             file.seek(first)
         block = _read(file, -1 if duration is None else max(math.ceil(duration * rate), 1), path)
     if len(block) == 0:
@@ -261,9 +253,7 @@ class LogMel(nn.Module):
         super().__init__()
         self.config = config or LogMelConfig()
 
-    def forward(
-        self, waveform: Tensor, sample_rate: int | None = None, lengths: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, waveform: Tensor, sample_rate: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """Spectrogram of one waveform or a batch.
 
         Args:
@@ -279,15 +269,11 @@ class LogMel(nn.Module):
         """`(fbank - mean) / (2 std)`."""
         return (fbank - self.config.mean) / (2.0 * self.config.std)
 
-    def filter_bank(
-        self, waveform: Tensor, sample_rate: int | None = None, lengths: Tensor | None = None
-    ) -> Tensor:
+    def filter_bank(self, waveform: Tensor, sample_rate: int | None = None, lengths: Tensor | None = None) -> Tensor:
         """As `forward`, before normalisation: natural log of mel energies, padding 0."""
         config = self.config
         if not waveform.is_floating_point():
-            raise TypeError(
-                f"waveform must be floating point in [-1, 1], got {waveform.dtype}; divide integers first"
-            )
+            raise TypeError(f"waveform must be floating point in [-1, 1], got {waveform.dtype}; divide integers first")
         if waveform.ndim not in (1, 2, 3) or waveform.shape[-1] == 0:
             raise ValueError(
                 "waveform must be (samples,), (batch, samples) or (batch, channels, samples) with at least one sample, "
@@ -300,9 +286,7 @@ class LogMel(nn.Module):
         waveform = waveform.mean(1) if waveform.ndim == 3 else waveform
         if sample_rate is not None and sample_rate != config.sample_rate:
             if lengths is not None:
-                raise ValueError(
-                    f"lengths go with waveforms at {config.sample_rate} Hz, got sample_rate={sample_rate}"
-                )
+                raise ValueError(f"lengths go with waveforms at {config.sample_rate} Hz, got sample_rate={sample_rate}")
             waveform = resample(waveform, sample_rate, config.sample_rate)
         if lengths is None:
             waveform = waveform - waveform.mean(-1, keepdim=True)
@@ -316,9 +300,7 @@ class LogMel(nn.Module):
         frames = fbank.shape[1] if config.frames is None else config.frames
         fbank = nn.functional.pad(fbank, (0, 0, 0, frames - fbank.shape[1]))
         if counts is not None:
-            fbank = torch.where(
-                (torch.arange(frames, device=fbank.device) < counts[:, None])[..., None], fbank, 0
-            )
+            fbank = torch.where((torch.arange(frames, device=fbank.device) < counts[:, None])[..., None], fbank, 0)
         return fbank[0] if single else fbank
 
     def _frames(self, waveform: Tensor) -> Tensor:
@@ -332,9 +314,7 @@ class LogMel(nn.Module):
         rows = nn.functional.pad(waveform[:, :samples], (0, steps * config.shift - samples))
         batch = rows.shape[0]
         if batch * steps <= self.block_frames or batch == 1:
-            return self._kaldi(rows.reshape(-1), batch * steps)[: batch * steps].view(batch, steps, -1)[
-                :, :frames
-            ]
+            return self._kaldi(rows.reshape(-1), batch * steps)[: batch * steps].view(batch, steps, -1)[:, :frames]
         return torch.cat([self._kaldi(row, steps)[None, :frames] for row in rows])
 
     def _kaldi(self, signal: Tensor, count: int) -> Tensor:

@@ -108,9 +108,7 @@ class DataConfig:
             raise ValueError(f"data.clip_seconds must be positive, got {self.clip_seconds}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std are given together or not at all")
-        chosen = [
-            name for name in ("eval", "fold", "holdout", "holdout_list") if getattr(self, name) is not None
-        ]
+        chosen = [name for name in ("eval", "fold", "holdout", "holdout_list") if getattr(self, name) is not None]
         if len(chosen) > 1:
             raise ValueError(f"only one of data.{' and data.'.join(chosen)} can say what is held out")
 
@@ -148,9 +146,7 @@ def open_splits(
     """
     if config.train is None:
         if config.eval is not None:
-            raise ManifestError(
-                "data.eval needs data.train; without it both parts are of the synthetic corpus"
-            )
+            raise ManifestError("data.eval needs data.train; without it both parts are of the synthetic corpus")
         parts = SyntheticCorpus(config.synthetic, "train"), SyntheticCorpus(config.synthetic, "eval")
         seconds = np.array([config.synthetic.seconds])
         broken = None
@@ -218,9 +214,7 @@ def _lengths(manifest: Manifest, indices: np.ndarray) -> tuple[np.ndarray, list[
     return np.array([math.nan if isinstance(entry, AudioError) else entry for entry in found]), errors
 
 
-def _usable(
-    parts: tuple[Manifest, Manifest], broken: BrokenFiles
-) -> tuple[tuple[Manifest, Manifest], np.ndarray]:
+def _usable(parts: tuple[Manifest, Manifest], broken: BrokenFiles) -> tuple[tuple[Manifest, Manifest], np.ndarray]:
     """The parts without files whose header cannot be read, and the lengths of the training clips [s]."""
     looked = [_lengths(part, np.arange(len(part))) for part in parts]
     broken.add([error for _, errors in looked for error in errors])

@@ -91,9 +91,7 @@ class ClipSource(Protocol):
     def seconds(self, index: int) -> float:
         """Length of a clip [s]."""
 
-    def read(
-        self, index: int, *, sample_rate: int, start: float, duration: float, hashed: bool
-    ) -> tuple[Tensor, str]:
+    def read(self, index: int, *, sample_rate: int, start: float, duration: float, hashed: bool) -> tuple[Tensor, str]:
         """`(samples,)` float32 of a part of a clip, and the hash of the whole clip's audio ("" if not asked for)."""
 
 
@@ -117,9 +115,7 @@ class FileClips:
     def seconds(self, index: int) -> float:
         return audio_info(self.file(index)).seconds
 
-    def read(
-        self, index: int, *, sample_rate: int, start: float, duration: float, hashed: bool
-    ) -> tuple[Tensor, str]:
+    def read(self, index: int, *, sample_rate: int, start: float, duration: float, hashed: bool) -> tuple[Tensor, str]:
         path = self.file(index)
         if not hashed:
             return load_audio(path, sample_rate=sample_rate, start=start, duration=duration), ""
@@ -235,9 +231,7 @@ class AudioDataset:
 
     # --- making a batch; runs in the loader's workers -----------------------------------------------------------------
 
-    def make_batch(
-        self, positions: np.ndarray, indices: np.ndarray, *, seed: int, epoch: int, training: bool
-    ) -> Batch:
+    def make_batch(self, positions: np.ndarray, indices: np.ndarray, *, seed: int, epoch: int, training: bool) -> Batch:
         """The examples at `positions` of an epoch, made from the clips `indices`; see `build_loader`.
 
         An unreadable clip is replaced in training by one drawn from the example's generator, and left out in evaluation.
@@ -280,9 +274,7 @@ class AudioDataset:
             content = content - content.mean()
         content = content * choices.gain
         fbank = self.log_mel.filter_bank(content) if self.features == "workers" else None
-        return _Example(
-            choices, index, mix_index, target, identity, mix_identity, waveform=content, fbank=fbank
-        )
+        return _Example(choices, index, mix_index, target, identity, mix_identity, waveform=content, fbank=fbank)
 
     def _usable(self, index, random, training, broken, read):
         """`(clip, what was read)` of `index` or, in training, of a clip drawn in its place."""
@@ -300,9 +292,7 @@ class AudioDataset:
         """Where in the clip the example begins [s]."""
         if crop is None:
             return 0.0
-        return crop * max(
-            self.source.seconds(index) - self.front_end.samples / self.front_end.sample_rate, 0.0
-        )
+        return crop * max(self.source.seconds(index) - self.front_end.samples / self.front_end.sample_rate, 0.0)
 
     def _read(self, index: int, start: float, hashed: bool) -> tuple[Tensor, str]:
         rate = self.front_end.sample_rate
@@ -310,9 +300,7 @@ class AudioDataset:
             index, sample_rate=rate, start=start, duration=self.front_end.samples / rate, hashed=hashed
         )
 
-    def _recall(
-        self, index: int, crop: float | None, kind: Literal["waveform", "fbank"]
-    ) -> tuple[Tensor, str]:
+    def _recall(self, index: int, crop: float | None, kind: Literal["waveform", "fbank"]) -> tuple[Tensor, str]:
         """A clip by itself and its audio hash, from the cache where there is one.
 
         The kinds: `(samples,)` waveform; `(frames, mel_bins)` log-mel, padded, not normalised.

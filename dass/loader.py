@@ -53,9 +53,7 @@ def default_workers() -> int:
 class _BatchPlan:
     """(positions, clips) of each batch of one process, in order; the sampler of the torch loader."""
 
-    def __init__(
-        self, order: np.ndarray, batch_size: int, start: int, rank: int, world_size: int, training: bool
-    ):
+    def __init__(self, order: np.ndarray, batch_size: int, start: int, rank: int, world_size: int, training: bool):
         self.order, self.batch_size, self.start, self.rank, self.world_size = (
             order,
             batch_size,
@@ -87,17 +85,13 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, entry: tuple[np.ndarray, np.ndarray]) -> Batch:
         positions, indices = entry
-        return self.dataset.make_batch(
-            positions, indices, seed=self.seed, epoch=self.epoch, training=self.training
-        )
+        return self.dataset.make_batch(positions, indices, seed=self.seed, epoch=self.epoch, training=self.training)
 
 
 class Loader:
     """Batches of one epoch; made by `build_loader`. `len()` counts those that are still to come."""
 
-    def __init__(
-        self, dataset: AudioDataset, plan: _BatchPlan, seed: int, epoch: int, training: bool, workers: int
-    ):
+    def __init__(self, dataset: AudioDataset, plan: _BatchPlan, seed: int, epoch: int, training: bool, workers: int):
         self.dataset, self.plan, self.workers = dataset, plan, workers
         self.seed, self.epoch, self.training = seed, epoch, training
 

@@ -223,12 +223,8 @@ def _number(listing: Listing, classes: Sequence[LabelClass] | None, source: str)
     """Gives every label its class index."""
     entries = listing.entries
     if classes is None:
-        found = sorted(
-            {label for e in entries for label in e.labels}, key=lambda i: (listing.order.get(i, 0), i)
-        )
-        classes = [
-            LabelClass(index, label, listing.names.get(label, label)) for index, label in enumerate(found)
-        ]
+        found = sorted({label for e in entries for label in e.labels}, key=lambda i: (listing.order.get(i, 0), i))
+        classes = [LabelClass(index, label, listing.names.get(label, label)) for index, label in enumerate(found)]
     if not classes:
         raise ManifestError(f"{source}: not one clip has a label")
     index_of = {entry.name: entry.index for entry in classes} | {entry.id: entry.index for entry in classes}
@@ -246,6 +242,4 @@ def _number(listing: Listing, classes: Sequence[LabelClass] | None, source: str)
         ends.append(len(values))
     columns = [_Strings.of(e[column] for e in entries) for column in (0, 1, 3, 4)]  # path, key, fold, group
     labels = np.frombuffer(values, dtype=np.int32) if values else np.zeros(0, dtype=np.int32)
-    return Manifest.__new__(Manifest)._set(
-        tuple(classes), source, columns, np.array(ends, dtype=np.int64), labels
-    )
+    return Manifest.__new__(Manifest)._set(tuple(classes), source, columns, np.array(ends, dtype=np.int64), labels)

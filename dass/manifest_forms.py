@@ -121,9 +121,7 @@ def read_csv(path: Path) -> Listing:
 def _read_esc50(path: Path, rows: list[dict[str, str]]) -> Listing:
     folder = next((f for f in (path.parent.parent / "audio", path.parent / "audio") if f.is_dir()), None)
     if folder is None:
-        raise ManifestError(
-            f"{path}: ESC-50's clips are expected in {path.parent.parent / 'audio'}, which is absent"
-        )
+        raise ManifestError(f"{path}: ESC-50's clips are expected in {path.parent.parent / 'audio'}, which is absent")
     entries = [
         Entry(
             os.path.join(folder, row["filename"]),
@@ -183,7 +181,5 @@ def first_group(pattern: str, option: str, text: str) -> str:
         raise ManifestError(f"{option}: {pattern!r} needs a group in parentheses for what it is to find")
     match = compiled.search(text)
     if match is None or not match.group(1):
-        raise ManifestError(
-            f"{option}: {pattern!r} finds nothing in {text!r}; --data.exclude leaves files out"
-        )
+        raise ManifestError(f"{option}: {pattern!r} finds nothing in {text!r}; --data.exclude leaves files out")
     return match.group(1)

@@ -38,7 +38,7 @@ class SyntheticConfig:
     """Length of a clip [s]."""
     max_events: int = 3
     """Most events in a clip; every clip has at least one [events]."""
-    snr_low: float = 10.0
+    snr_low: float = 12.0
     """Lowest level of an event above the noise floor, root mean square [dB]."""
     snr_high: float = 30.0
     """Highest level of an event above the noise floor, root mean square [dB]."""
@@ -47,15 +47,11 @@ class SyntheticConfig:
 
     def __post_init__(self):
         if not 1 <= self.max_events <= len(EVENTS):
-            raise ValueError(
-                f"synthetic.max_events must be 1 to {len(EVENTS)} (the classes), got {self.max_events}"
-            )
+            raise ValueError(f"synthetic.max_events must be 1 to {len(EVENTS)} (the classes), got {self.max_events}")
         if self.seconds < 1.5:
             raise ValueError(f"synthetic.seconds must be at least 1.5, the longest event, got {self.seconds}")
         if self.snr_low > self.snr_high:
-            raise ValueError(
-                f"synthetic.snr_low ({self.snr_low}) must not exceed synthetic.snr_high ({self.snr_high})"
-            )
+            raise ValueError(f"synthetic.snr_low ({self.snr_low}) must not exceed synthetic.snr_high ({self.snr_high})")
         for name in ("train_clips", "eval_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"synthetic.{name} must be at least 1, got {getattr(self, name)}")
@@ -72,9 +68,7 @@ def _time(samples: int) -> Array:
     return np.arange(samples, dtype=np.float32) / np.float32(RATE)
 
 
-def _tone(
-    frequency: Array | float, samples: int, random: Random, partials: Sequence[float] = (1.0,)
-) -> Array:
+def _tone(frequency: Array | float, samples: int, random: Random, partials: Sequence[float] = (1.0,)) -> Array:
     """Sines at 1, 2, 3, ... times a frequency [Hz] that may vary, with the strengths `partials`; none above 7.5 kHz.
 
     The phase is summed in float64, so that a long tone keeps its pitch.
@@ -138,20 +132,16 @@ def _knock(frequency: float, decay: float, random: Random, noise: float) -> Arra
 # --- the events -----------------------------------------------------------------------------------------------------
 
 
-def _glide(samples: int, random: Random, direction: int) -> Array:
-    low = _log_uniform(random, 150, 350)
-    octaves = random.uniform(1.5, 2.5) * np.linspace(0, 1, samples)[::direction]
-    return _fade(_tone(low * 2.0**octaves, samples, random, [1, 0.8, 0.7, 0.6, 0.5]))
-
-
 def sweep_up(samples: int, random: Random) -> Array:
-    """A tone with overtones that glides up by about two octaves."""
-    return _glide(samples, random, 1)
+    """A motor that revs up: a low, rough tone with many overtones that rises by about two octaves."""
+    pitch = _log_uniform(random, 80, 160) * 2.0 ** (random.uniform(1.5, 2.3) * np.linspace(0, 1, samples))
+    return _fade(_tone(pitch, samples, random, [k**-0.5 for k in range(1, 11)]))
 
 
 def sweep_down(samples: int, random: Random) -> Array:
-    """A tone with overtones that glides down by about two octaves."""
-    return _glide(samples, random, -1)
+    """A slide whistle that falls: a high, pure tone that sinks by about two octaves."""
+    pitch = _log_uniform(random, 2800, 4800) * 2.0 ** (-random.uniform(1.5, 2.3) * np.linspace(0, 1, samples))
+    return _fade(_tone(pitch, samples, random, [1, 0.25]))
 
 
 def siren(samples: int, random: Random) -> Array:
@@ -177,9 +167,7 @@ def beeps(samples: int, random: Random) -> Array:
 
 def buzz(samples: int, random: Random) -> Array:
     """A steady low tone with a dozen overtones, like an organ reed."""
-    return _fade(
-        _tone(_log_uniform(random, 120, 300), samples, random, [k**-0.5 for k in range(1, 14)]), 0.03
-    )
+    return _fade(_tone(_log_uniform(random, 120, 300), samples, random, [k**-0.5 for k in range(1, 14)]), 0.03)
 
 
 def bell(samples: int, random: Random) -> Array:
@@ -212,9 +200,9 @@ def bouncing(samples: int, random: Random) -> Array:
 
 
 def burst(samples: int, random: Random) -> Array:
-    """A crash: one bright burst of noise that starts at once and dies away within a second."""
-    noise = _noise(samples, random, _band(_log_uniform(random, 1200, 2500), 7800))
-    return noise * np.exp(-_time(samples) / np.float32(random.uniform(0.15, 0.3)))
+    """A crash: one burst of bright noise that starts at once and dies away within a second."""
+    noise = _noise(samples, random, _band(_log_uniform(random, 800, 1600), 7900))
+    return noise * np.exp(-_time(samples) / np.float32(random.uniform(0.2, 0.35)))
 
 
 def chuffing(samples: int, random: Random) -> Array:
@@ -242,18 +230,18 @@ class Event:
 
 
 EVENTS: tuple[Event, ...] = (
-    Event(sweep_up, 0.6, 1.2),
-    Event(sweep_down, 0.6, 1.2),
+    Event(sweep_up, 0.8, 1.5),
+    Event(sweep_down, 0.8, 1.5),
     Event(siren, 0.9, 1.5),
-    Event(trill, 0.6, 1.3),
-    Event(beeps, 0.8, 1.5),
-    Event(buzz, 0.6, 1.3),
-    Event(bell, 0.9, 1.4),
-    Event(clicks, 0.6, 1.3),
+    Event(trill, 0.8, 1.5),
+    Event(beeps, 0.9, 1.5),
+    Event(buzz, 0.8, 1.5),
+    Event(bell, 1.0, 1.5),
+    Event(clicks, 0.8, 1.5),
     Event(bouncing, 1.0, 1.5),
-    Event(burst, 0.7, 1.2),
-    Event(chuffing, 0.8, 1.5),
-    Event(warble, 0.6, 1.3),
+    Event(burst, 0.8, 1.2),
+    Event(chuffing, 0.9, 1.5),
+    Event(warble, 0.8, 1.5),
 )
 
 
@@ -290,9 +278,7 @@ class SyntheticCorpus:
     def _begin(self, index: int) -> tuple[Random, Array]:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of a corpus of {len(self)} clips")
-        random = np.random.default_rng(
-            [CORPUS_STREAM, self.config.seed, 1 if self.split == "train" else 2, index]
-        )
+        random = np.random.default_rng([CORPUS_STREAM, self.config.seed, 1 if self.split == "train" else 2, index])
         count = int(random.integers(1, self.config.max_events + 1))
         return random, random.choice(len(EVENTS), size=count, replace=False)
 
@@ -319,14 +305,10 @@ class SyntheticCorpus:
     def load(self, index: int, *, sample_rate: int = RATE, start: float = 0.0, duration: float | None = None):
         """The clip as (samples,) float32 in [-1, 1]; `start` and `duration` [s] cut a part out of it."""
         if sample_rate != RATE:
-            raise ValueError(
-                f"the synthetic corpus is made at {RATE} Hz; the front end asked for {sample_rate} Hz"
-            )
+            raise ValueError(f"the synthetic corpus is made at {RATE} Hz; the front end asked for {sample_rate} Hz")
         random, labels = self._begin(index)
         slope = random.uniform(0.0, 0.8)  # of the noise floor's amplitude spectrum: white to nearly brown
-        mixture = _noise(
-            self.samples, random, lambda frequency: np.maximum(frequency, 40.0) ** np.float32(-slope)
-        )
+        mixture = _noise(self.samples, random, lambda frequency: np.maximum(frequency, 40.0) ** np.float32(-slope))
         for label in labels:
             event = EVENTS[label]
             length = int(random.uniform(event.shortest, event.longest) * RATE)

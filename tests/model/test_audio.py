@@ -77,9 +77,7 @@ def test_padded_batch_equals_one_by_one(lengths, frames, block):
     for row, waveform in zip(together, waveforms, strict=True):
         alone = log_mel(waveform)
         torch.testing.assert_close(row[: len(alone)], alone, rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            row[len(alone) :], torch.full_like(row[len(alone) :], log_mel.config.padding)
-        )
+        torch.testing.assert_close(row[len(alone) :], torch.full_like(row[len(alone) :], log_mel.config.padding))
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000])
@@ -93,9 +91,7 @@ def test_log_mel_at_any_rate(rate):
 def test_log_mel_shapes_and_types():
     log_mel = LogMel(LogMelConfig(frames=50))
     stereo = torch.stack([noise(8000, 1), noise(8000, 2)])
-    torch.testing.assert_close(
-        log_mel(stereo[None])[0], log_mel(stereo.mean(0))
-    )  # (batch, channels, samples)
+    torch.testing.assert_close(log_mel(stereo[None])[0], log_mel(stereo.mean(0)))  # (batch, channels, samples)
     assert log_mel(stereo).shape == (2, 50, 128)  # (batch, samples)
     assert log_mel(stereo.double()).dtype == torch.float64
     assert log_mel(stereo.half()).dtype == torch.float32
@@ -139,9 +135,7 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(
-    ("suffix", "tolerance"), [("wav", 2e-4), ("flac", 2e-4), ("ogg", 0.05), ("mp3", 0.05)]
-)
+@pytest.mark.parametrize(("suffix", "tolerance"), [("wav", 2e-4), ("flac", 2e-4), ("ogg", 0.05), ("mp3", 0.05)])
 def test_formats(write, suffix, tolerance):
     tone = 0.5 * torch.sin(torch.arange(32000) * 0.2)
     path = write(f"tone.{suffix}", tone)

@@ -70,9 +70,7 @@ def test_folder_per_class(folder):
     write_sound(folder / "cat" / "deeper" / "_0.wav")
     (folder / "cat" / "notes.txt").write_text("no sound")
     manifest = read_manifest(folder)
-    assert manifest.classes == tuple(
-        LabelClass(i, name, name) for i, name in enumerate(("cat", "dog", "owl"))
-    )
+    assert manifest.classes == tuple(LabelClass(i, name, name) for i, name in enumerate(("cat", "dog", "owl")))
     assert manifest.label_counts().tolist() == [9, 8, 8]
     clip = next(clip for clip in manifest.clips if clip.key == "owl/owl-3.wav")
     assert clip == Clip(folder / "owl" / "owl-3.wav", (2,), "owl/owl-3.wav")
@@ -86,9 +84,7 @@ def test_flat_folder_with_the_label_in_the_name(tmp_path):
         read_manifest(tmp_path)
     manifest = read_manifest(tmp_path, label_regex=r"^(\d)_", group_regex=r"_(\w+)_")
     assert [entry.id for entry in manifest.classes] == ["0", "1", "2"]
-    assert {(clip.labels[0], clip.group) for clip in manifest} == {
-        (d, s) for d in range(3) for s in ("theo", "lucas")
-    }
+    assert {(clip.labels[0], clip.group) for clip in manifest} == {(d, s) for d in range(3) for s in ("theo", "lucas")}
     assert len(read_manifest(tmp_path, label_regex=r"^(\d)_", exclude="theo")) == 3
     for pattern, message in (
         (r"^(\d)-", "finds nothing in"),
@@ -100,9 +96,7 @@ def test_flat_folder_with_the_label_in_the_name(tmp_path):
 
 
 def test_csv(tmp_path):
-    (tmp_path / "list.csv").write_text(
-        "path,label,fold\nb.wav,rain; wind,1\nsub/a.wav,rain,2\n/abs/c.wav,,2\n"
-    )
+    (tmp_path / "list.csv").write_text("path,label,fold\nb.wav,rain; wind,1\nsub/a.wav,rain,2\n/abs/c.wav,,2\n")
     manifest = read_manifest(tmp_path / "list.csv")
     assert [entry.id for entry in manifest.classes] == ["rain", "wind"]
     assert [clip.labels for clip in manifest] == [(0, 1), (0,), ()]
@@ -179,9 +173,7 @@ def test_fsd50k(tmp_path):
     truth = tmp_path / "FSD50K.ground_truth"
     truth.mkdir()
     (tmp_path / "FSD50K.dev_audio").mkdir()
-    (truth / "dev.csv").write_text(
-        'fname,labels,mids,split\n7,"Purr,Cat","/m/p,/m/c",train\n8,Cat,/m/c,val\n'
-    )
+    (truth / "dev.csv").write_text('fname,labels,mids,split\n7,"Purr,Cat","/m/p,/m/c",train\n8,Cat,/m/c,val\n')
     manifest = read_manifest(truth / "dev.csv")
     assert [(entry.id, entry.name) for entry in manifest.classes] == [("/m/c", "Cat"), ("/m/p", "Purr")]
     assert manifest[0] == Clip(tmp_path / "FSD50K.dev_audio" / "7.wav", (0, 1), "7.wav", "train")
@@ -438,9 +430,7 @@ def test_long_clips_are_cropped_at_random_in_training_only(tmp_path):
     soundfile.write(write_sound(tmp_path / "a" / "ramp.wav"), ramp, 16000)
     front_end = LogMelConfig(frames=8, mel_bins=32)
     dataset = AudioDataset(read_manifest(tmp_path), front_end, random_crop=True, epoch_clips=40)
-    levels = torch.cat(
-        [b.fbank.amax((1, 2)) for b in build_loader(dataset, batch_size=8, training=True, workers=0)]
-    )
+    levels = torch.cat([b.fbank.amax((1, 2)) for b in build_loader(dataset, batch_size=8, training=True, workers=0)])
     assert levels.unique().numel() > 20
     (batch,) = build_loader(dataset, batch_size=1, workers=0)
     assert batch.fbank.amax() <= levels.min()  # evaluation takes the beginning
@@ -450,8 +440,7 @@ def test_hashes_are_of_the_decoded_file(folder):
     manifest = read_manifest(folder)
     dataset = AudioDataset(manifest, FRONT_END, augment=AugmentConfig(mixup_rate=1.0), hashes=True)
     expected = [
-        audio_hash(load_audio(clip.path, sample_rate=soundfile.info(clip.path).samplerate))
-        for clip in manifest
+        audio_hash(load_audio(clip.path, sample_rate=soundfile.info(clip.path).samplerate)) for clip in manifest
     ]
     assert len(set(expected)) == len(expected)
     (batch,) = build_loader(dataset, batch_size=24, training=True, workers=0)
@@ -472,9 +461,7 @@ def spoil(folder, count):
 
 def test_broken_files_are_skipped_named_and_counted(folder, caplog):
     spoilt = spoil(folder, 2)
-    dataset = AudioDataset(
-        read_manifest(folder), FRONT_END, augment=AugmentConfig(), broken=BrokenFiles(24, 0.1)
-    )
+    dataset = AudioDataset(read_manifest(folder), FRONT_END, augment=AugmentConfig(), broken=BrokenFiles(24, 0.1))
     found = torch.cat([batch.index for batch in build_loader(dataset, batch_size=2, workers=0)])
     assert found.tolist() == list(range(2, 24))
     for workers in (0, 2):
@@ -492,9 +479,7 @@ def test_broken_files_are_skipped_named_and_counted(folder, caplog):
 def test_too_many_broken_files_stop_the_run(folder, workers):
     spoil(folder, 2)
     dataset = AudioDataset(read_manifest(folder), FRONT_END, broken=BrokenFiles(24, 0.05))
-    with pytest.raises(
-        BrokenFilesError, match=r"2 of 24 files.*5\.0%.*--data.max-broken(.|\n)*cat-0.wav: cannot be"
-    ):
+    with pytest.raises(BrokenFilesError, match=r"2 of 24 files.*5\.0%.*--data.max-broken(.|\n)*cat-0.wav: cannot be"):
         list(build_loader(dataset, batch_size=4, workers=workers))
 
 
@@ -525,9 +510,7 @@ def test_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
 
     def batches(front_end=FRONT_END, **options):
-        dataset = AudioDataset(
-            manifest, front_end, augment=AugmentConfig(mixup_rate=0.3), hashes=True, **options
-        )
+        dataset = AudioDataset(manifest, front_end, augment=AugmentConfig(mixup_rate=0.3), hashes=True, **options)
         return list(build_loader(dataset, batch_size=6, training=True, workers=0, epoch=1)) + list(
             build_loader(dataset, batch_size=6, workers=0)
         )
@@ -538,9 +521,7 @@ def test_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
             assert_same(first, second)
     entries = sorted(cache.rglob("*.safetensors"))
     assert len(entries) == 24
-    assert len(list(cache.rglob("*"))) == 24 + len(
-        {entry.parent for entry in entries}
-    )  # nothing half-written
+    assert len(list(cache.rglob("*"))) == 24 + len({entry.parent for entry in entries})  # nothing half-written
     batches(LogMelConfig(frames=50, mel_bins=32), cache=cache)  # another front end: other entries
     assert len(list(cache.rglob("*.safetensors"))) == 48
     entries[0].write_bytes(b"torn")
@@ -562,9 +543,7 @@ def test_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
 
 
 def test_the_default_is_the_synthetic_corpus():
-    splits = open_splits(
-        DataConfig(synthetic=SyntheticConfig(train_clips=200, eval_clips=10)), AugmentConfig()
-    )
+    splits = open_splits(DataConfig(synthetic=SyntheticConfig(train_clips=200, eval_clips=10)), AugmentConfig())
     assert (len(splits.train), len(splits.held_out)) == (200, 10)
     assert splits.front_end.frames == 200
     (batch,) = build_loader(splits.held_out, batch_size=10, workers=0)
