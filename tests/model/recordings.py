@@ -1,5 +1,7 @@
 """Small recordings and manifests for the tests of the input pipeline."""
 
+import zlib
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,7 +11,7 @@ from dass.manifest import Clip, LabelClass, Manifest
 
 def write_sound(path, seconds=0.3, rate=16000, seed=None, channels=1):
     path.parent.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(abs(hash(path.name)) if seed is None else seed)
+    random = np.random.default_rng(zlib.crc32(path.name.encode()) if seed is None else seed)
     soundfile.write(path, 0.1 * random.standard_normal((int(seconds * rate), channels)), rate)
     return path
 
