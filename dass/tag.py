@@ -1,7 +1,7 @@
 """`python -m dass.tag FILE... --model RUN`: what is to be heard in sound files, one line a file.
 
-A file longer than the model's window also gets a timeline picture, its events (CSV, Audacity labels) and a JSON record,
-under `--out`. A folder is gone through file by file, in parallel and, after an interruption, from where it stopped;
+A file of more than two of the model's windows also gets a timeline picture, its events (CSV, Audacity labels) and a JSON
+record, under `--out`. A folder is gone through file by file, in parallel and, after an interruption, from where it stopped;
 under `torchrun` the ranks share it.
 """
 
@@ -152,6 +152,8 @@ class FileTagger:
         self.hop = config.hop if config.hop is not None or self.window is None else self.window / 2
         if self.window is not None and not 0 < self.hop <= self.window:
             raise UsageError(f"--hop must be positive and at most the window of {self.window} s, got {self.hop}")
+        # A little more than the window is no long file, unless windows were asked for.
+        self.long = (self.window or 0.0) * (2 if config.window is None and config.hop is None else 1)
         self.settings = {
             "model": config.model,
             "fingerprint": tagger.fingerprint(),
@@ -172,7 +174,7 @@ class FileTagger:
 
         try:
             seconds = audio_info(job.path).seconds
-            write = job.keep or (self.window is not None and seconds > self.window)
+            write = job.keep or (self.window is not None and seconds > self.long)
             stat = job.path.stat()
             settings = {**self.settings, "audio": [stat.st_size, stat.st_mtime_ns]}
             if write and not self.config.again:

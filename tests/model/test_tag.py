@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,6 +309,17 @@ def test_a_folder_is_resumed_and_a_broken_file_reported(checkpoint, tmp_path, ca
     assert (out / "errors.csv").read_text() == "file,error\n"
     command(capsys, folder, "-m", checkpoint, "--out", out, "--topk", "1")
     assert (out / "one.wav.json").stat().st_mtime_ns != stamp, "other options, must be done again"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_pictures_are_for_long_files(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seconds in (("short", 1.2), ("long", 1.4)):  # the model's window is 0.64 s
+        soundfile.write(f"{name}.wav", tone(300, seconds), RATE)
+        _, _, errors = command(capsys, f"{name}.wav", "-m", checkpoint)
+        assert Path("tags").exists() == (name == "long") == ("timeline: tags/long.wav.timeline.png" in errors)
+    command(capsys, "short.wav", "-m", checkpoint, "--hop", "0.5")
+    assert Path("tags/short.wav.json").is_file()
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 5))
