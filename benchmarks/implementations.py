@@ -7,7 +7,7 @@ An implementation binds a problem's inputs to a call without arguments that retu
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import peers
 import torch
@@ -127,14 +127,19 @@ def cross_scan(maps: Tensor) -> Tensor:
     return torch.stack([(columns if k % 2 else maps)[:, k].flatten(-2) for k in range(4)], 1)
 
 
-def replaced(scan_name: str, scan: Callable[[Problem], peers.Scan]) -> Implementation:
-    """The unfused pipeline around `scan`, for operators that have one."""
+def replaced(scan_name: str, scan: Callable[[Problem], peers.Scan], *, compiled: bool = False) -> Implementation:
+    """The unfused pipeline around `scan`, for operators that have one; compiled: by torch.compile, which makes one kernel of
+    what stands before the scan and one of what stands after it."""
 
     def pointless(problem: Problem, training: bool) -> bool:
         return problem.op == "selective_scan"  # it is the scan itself
 
-    bind = of_torch(lambda p: unfused(scan(p), p.op))
-    return Implementation(f"unfused {scan_name}", REPLACED, bind, pointless=pointless)
+    def function(problem: Problem):
+        run = unfused(scan(problem), problem.op)
+        return torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+
+    name = f"unfused{' compiled' * compiled} {scan_name}"
+    return Implementation(name, REPLACED, of_torch(cache(function)), pointless=pointless, compiles=compiled)
 
 
 def scan_flags(problem: Problem) -> tuple[bool, ...]:
@@ -217,7 +222,8 @@ def registry(device: str | torch.device) -> tuple[dict[str, Implementation], dic
     backends = [str(b) for b in dass_ops.available_backends(device)]
     found = [own(b) for b in backends]
     fast = [b for b in backends if not for_tests_only(b, kind)]
-    found += [replaced(b, lambda p, b=b: own_scan(b, scan_flags(p))) for b in fast]
+    for compiled in (False, True) if kind == "cuda" else (False,):
+        found += [replaced(b, lambda p, b=b: own_scan(b, scan_flags(p)), compiled=compiled) for b in fast]
     missing = {}
     for peer in peers.PEERS:
         if reason := peer.unavailable(kind):

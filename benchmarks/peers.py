@@ -166,6 +166,9 @@ def _compiled(problem: Problem, flags: tuple[bool, ...]) -> Scan:
         return (y + D[:, None] * u).to(u.dtype)
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    inductor = importlib.import_module("torch._inductor.config")
+    inductor.compile_threads = 1  # one kernel a graph: starting a pool of compilers takes longer
+    inductor.cpp.vec_isa_ok = True  # what the processor says it has, without a trial compilation of each
     return torch.compile(scan, fullgraph=True, dynamic=False)
 
 

@@ -42,6 +42,7 @@ def row_as_dict(row: Row, rows: Sequence[Row], *, multiply_adds: float | None, g
         "peak_bytes": row.peak_bytes,
         "tensor_bytes": problem.tensor_bytes(case.training),
         "saved_bytes": row.saved_bytes,
+        "instruction_set": row.instruction_set,
         "all_states_bytes": problem.state_bytes(),
     }
     if (copied := copy_rate(row, rows)) and moved:
@@ -82,7 +83,7 @@ def print_group(console: Console, group: dict) -> None:
 
 COLUMNS = ("who", "ms", "p10-p90", "n", "Gel/s", "copy", "floor", "peer", "peak MB", "/tensors", "kept MB", "faults")
 ONLY_WIDE = ("p10-p90", "n", "kept MB", "faults")
-WIDE = 122  # characters, for all columns
+WIDE = 140  # characters, for all columns
 
 
 def print_rows(console: Console, title: str, rows: list[dict]) -> None:
@@ -112,7 +113,8 @@ def print_rows(console: Console, title: str, rows: list[dict]) -> None:
 
 def label(row: dict) -> str:
     """The implementation and what is special about the row."""
-    special = [row["dtype"]] * (row["dtype"] != "float32") + ["ragged"] * row["ragged"]
+    dtype = {"float32": "", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])
+    special = [dtype] + ["ragged"] * row["ragged"]
     special += [{"none": "all forwards", "all": "all backwards"}.get(row["reverse"], "")]
     special += (
         ["channels last"] * row["channels_last"]
@@ -160,20 +162,24 @@ def _cells(row: dict, best: float | None) -> dict[str, str]:
 
 
 def print_targets(console: Console, targets: Sequence[dict]) -> None:
+    """A line for each promise: in how many places it was kept, and the worst of them."""
     if not targets:
         return
     table = Table(title="Targets", title_justify="left", title_style="bold", header_style="dim")
-    for column in ("", "where", "reached", "target", "aim"):
-        table.add_column(column, justify="right" if column in ("reached", "target", "aim") else "left")
-    for t in targets:
-        sign = "<=" if t["at_most"] else ">="
+    for column in ("", "kept", "worst", "target", "aim", "where it is worst"):
+        table.add_column(column, justify="right" if column in ("kept", "worst", "target", "aim") else "left")
+    for name, target in dict.fromkeys((t["name"], t["target"]) for t in targets):
+        same = [t for t in targets if (t["name"], t["target"]) == (name, target)]
+        worst = min(same, key=lambda t: -t["value"] if t["at_most"] else t["value"])
+        kept = sum(t["reached"] for t in same)
         table.add_row(
-            t["name"],
-            t["where"],
-            f"{t['value']:.2f}x",
-            f"{sign} {t['target']:g}x",
-            f"{t['aim']:g}x" if t["aim"] else "",
-            style="green" if t["reached"] else "red",
+            name,
+            f"{kept} of {len(same)}",
+            f"{worst['value']:.3g}x",
+            f"{'<=' if worst['at_most'] else '>='} {target:.3g}x",
+            f"{worst['aim']:g}x" if worst["aim"] else "",
+            worst["where"] + (f" ({worst['detail']})" if worst["detail"] else ""),
+            style="green" if kept == len(same) else "red",
         )
     console.print(table)
 

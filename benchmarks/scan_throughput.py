@@ -12,7 +12,7 @@ import torch
 import tyro
 from implementations import COPY, OWN, PEER, REPLACED, for_tests_only
 from machine import GpuRates, MultiplyAdds, describe
-from problems import MAMBA, SHAPES, STAGES, TINY, Problem
+from problems import MAMBA, SHAPES, STAGES, Problem
 from report import WIDE, print_group, print_targets, row_as_dict, save_plot
 from rich.console import Console
 from session import Case, Session
@@ -21,6 +21,8 @@ from timing import Candidate, available_cores
 
 from dass.checkpoint import write_json
 
+COMPILED = "compiled"
+ROOM = 25.0  # seconds; a default run that took longer would not end within a minute if it compiled something too
 KERNEL_PEERS = ("mamba_ssm", "vmamba")  # fast enough to stand inside an unfused pipeline
 
 
@@ -35,7 +37,7 @@ class Options:
     batch: tuple[int, ...] = ()
     """Examples a call; default: 1."""
     dtype: tuple[Literal["float32", "bfloat16", "float16", "float64"], ...] = ()
-    """Of the large tensors; default: float32. Peers run in the first one."""
+    """Of the large tensors; default: float32. On a CPU peers run in the first one only."""
     device: str = ""
     """Default: cuda where there is one, else cpu."""
     backend: tuple[str, ...] = ()
@@ -59,10 +61,11 @@ class Options:
     full: bool = False
     """Everything above, batch 1 and 8, float32 and bfloat16, and the compiled peer on every shape. Some 20 minutes."""
     compile: Literal["none", "one", "all"] = "one"
-    """Shapes on which the compiled peer runs; each takes up to a minute to compile. One: the shortest."""
+    """Shapes on which the compiled peer runs; compiling takes up to a minute each. One: the shortest, its forward only, at
+    the end of a run that has taken less than half a minute."""
     warm: bool = False
     """Leave the caches as the previous call left them."""
-    seconds: float = 4.0
+    seconds: float = 2.0
     """Of timing, per group of rows (a shape and batch)."""
     limit: float = 3.0
     """Seconds; peers known to take longer for a call are skipped, others called only once."""
@@ -109,12 +112,11 @@ def groups(options: Options, session: Session) -> list[tuple[str, list[Case]]]:
 
 def _cases(options: Options, session: Session, shape: str, batch: int) -> list[Case]:
     known = session.bench.known
-    ours = [n.removeprefix("dass_ops ") for n, i in known.items() if i.kind == OWN]
-    backends = options.backend or [b for b in ours if not for_tests_only(b, session.bench.device.type)]
-    wanted = [f"dass_ops {b}" for b in backends]
+    wanted = _wanted(options, session)
     pipelines = [n for n, i in known.items() if i.kind == REPLACED]
     problems = [Problem(op, SHAPES[shape], batch, dtype) for op in options.op for dtype in options.dtype]
     problems = [p for p in problems if not p.unsupported]
+    on_gpu = session.bench.device.type == "cuda"
     trainings = [t == "training" for t in options.passes]
     cases = []
 
@@ -127,8 +129,9 @@ def _cases(options: Options, session: Session, shape: str, batch: int) -> list[C
     for problem in problems:
         plain = problem.dtype == options.dtype[0]
         add(problem, wanted + pipelines)
-        if plain:
+        if plain or on_gpu:
             add(problem, _peers(options, session, problem))
+        if plain:
             add(problem, [COPY])
             if problem.op == "selective_scan":
                 add(problem, [n for n in known if n.startswith("torch.")])
@@ -141,7 +144,7 @@ def _cases(options: Options, session: Session, shape: str, batch: int) -> list[C
         if options.reverse:
             for reverse in ("none", "all"):
                 add(dataclasses.replace(problem, reverse=reverse), wanted)
-        if plain and session.device == "cpu" and "dass_ops cpu" in wanted:
+        if plain and not on_gpu and "dass_ops cpu" in wanted:
             if options.instruction_sets:
                 for environment in ("avx2", "scalar"):
                     add(problem, ["dass_ops cpu"], environment)
@@ -151,15 +154,29 @@ def _cases(options: Options, session: Session, shape: str, batch: int) -> list[C
     return cases
 
 
+def _wanted(options: Options, session: Session) -> list[str]:
+    """Our backends' rows."""
+    ours = [n.removeprefix("dass_ops ") for n, i in session.bench.known.items() if i.kind == OWN]
+    backends = options.backend or [b for b in ours if not for_tests_only(b, session.bench.device.type)]
+    return [f"dass_ops {b}" for b in backends]
+
+
 def _peers(options: Options, session: Session, problem: Problem) -> list[str]:
     known = [n for n, i in session.bench.known.items() if i.kind == PEER]
     if options.peers is not None:
         return [n for n in known if n in options.peers]
     if problem.op != "selective_scan":
         return [n for n in known if n in KERNEL_PEERS]
-    shortest = min((s for n in options.shape if (s := SHAPES[n]).state == 1), key=lambda s: s.length, default=TINY)
-    compiles = options.compile == "all" or options.compile == "one" and problem.shape == shortest
-    return [n for n in known if compiles or n != "compiled"]
+    return [n for n in known if options.compile == "all" or n != COMPILED]
+
+
+def _compiled_group(options: Options, session: Session) -> tuple[str, list[Case]]:
+    """The compiled peer beside ours, on the shortest shape."""
+    shape = min((SHAPES[name] for name in options.shape), key=lambda s: (s.state, s.length))
+    problem = Problem("selective_scan", shape, options.batch[0], options.dtype[0])
+    names = [*_wanted(options, session), COMPILED, COPY]
+    title = f"{shape.where}, batch {problem.batch}, beside the compiled peer"
+    return title, [Case(problem, name) for name in names]
 
 
 def run(options: Options, console: Console) -> dict:
@@ -190,7 +207,9 @@ def run(options: Options, console: Console) -> dict:
         "targets": [],
         "finished": False,
     }
-    for name, cases in groups(options, session):
+    waiting = groups(options, session)
+    while waiting:
+        name, cases = waiting.pop(0)
         start = time.perf_counter()
         with console.status(f"{name}: {len(cases)} rows"):
             peak = Candidate("multiply-adds", lambda: session.bench.clock.once(multiply_adds))
@@ -204,6 +223,11 @@ def run(options: Options, console: Console) -> dict:
         print_group(console, group)
         if options.json:
             write_json(options.json, result)
+        if not waiting and options.compile == "one" and options.peers is None and COMPILED not in name:
+            if result["seconds"] < ROOM:
+                waiting.append(_compiled_group(options, session))
+            else:
+                notes[COMPILED] = "not compiled, for want of time; --compile all"
     session.close()
     result["finished"] = True
     print_targets(console, result["targets"])

@@ -17,8 +17,10 @@ import implementations
 import torch
 from implementations import OWN, REPLACED, YARDSTICK
 from oracle import Expected, Mismatch, expect
-from problems import Problem
+from problems import TINY, Problem
 from timing import Candidate, Clock, Sample, Statistics, peak_memory, round_robin, saved_for_backward
+
+import dass_ops
 
 QUICK = 0.25  # seconds; calls that take less are repeated for their memory, after what only a first call allocates
 
@@ -56,6 +58,7 @@ class Row:
     error: float | None = None
     peak_bytes: int | None = None
     saved_bytes: int | None = None
+    instruction_set: str = ""  # that our CPU kernels used
     first_seconds: float = 0.0
     statistics: Statistics | None = None
 
@@ -69,6 +72,9 @@ class Bench:
         self.known, self.missing = implementations.registry(device)
         self._calls: dict[Case, Callable] = {}
         self._inputs: dict[Problem, tuple[dict, torch.Tensor]] = {}
+        self._touched: set[tuple] = set()
+        # glibc keeps freed blocks up to the largest it has seen freed (32 MB at most): the same in every process from here.
+        torch.empty(31 << 20, dtype=torch.uint8)
 
     def inputs(self, problem: Problem) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         if problem not in self._inputs:
@@ -79,6 +85,8 @@ class Bench:
         """The case's row, without its times; a call is kept where there is something to time."""
         implementation = self.known[case.implementation]
         row = Row(case, implementation.kind)
+        if implementation.kind in (OWN, REPLACED) and self.device.type == "cpu":
+            row.instruction_set = dass_ops.build_info()["cpu_instruction_set"]
         try:
             with self._threads(case):
                 self._calls[case] = self._tried(case, implementation, expected, row)
@@ -97,6 +105,7 @@ class Bench:
             call = implementation.bind(problem, inputs, d_out, training)
             call()
             return call
+        self._touch(case, implementation)
         call = implementation.bind(problem, inputs, expected.masked(d_out), training)
         if implementation.compiles:
             call()
@@ -114,6 +123,15 @@ class Bench:
             row.peak_bytes = peak_memory(call, self.device)[1]
             row.first_seconds = time.perf_counter() - start
         return call
+
+    def _touch(self, case: Case, implementation) -> None:
+        """Calls it once on a small problem: the pages of its code, and what libraries allocate once, are then in memory."""
+        what = (implementation.name, case.problem.op, case.training, case.problem.dtype)
+        if what in self._touched or implementation.compiles:
+            return
+        self._touched.add(what)
+        small = Problem(case.problem.op, TINY, dtype=case.problem.dtype)
+        implementation.bind(small, small.inputs(self.device), small.d_out(self.device), case.training)()
 
     def once(self, case: Case) -> Sample:
         with self._threads(case):
@@ -213,7 +231,10 @@ class Session:
         rows, timed = [], []
         for case in cases:
             runner = self._runner(case)
-            row = self._skipped(case) or runner.prepare(case, self._truth(case, cases))
+            try:
+                row = self._skipped(case) or runner.prepare(case, self._truth(case, cases))
+            except RuntimeError as error:  # of a worker process
+                row = Row(case, self.bench.known[case.implementation].kind, "failed", str(error))
             rows.append(row)
             if row.status == "measured" and row.first_seconds > self.limit:
                 row.statistics = Statistics.of([Sample(row.first_seconds)])

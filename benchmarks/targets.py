@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 from problems import FORWARD, TRAINING
 
-OURS = "dass_ops cpu"
-STAGES = ("stage1", "stage2", "stage3", "stage4")
+OURS, OURS_GPU = "dass_ops cpu", "dass_ops cuda"
+DEPTHS = dict(zip(("stage1", "stage2", "stage3", "stage4"), (2, 2, 8, 2), strict=True))  # of DASS-small
+STAGES = tuple(DEPTHS)
 # What is so of a row unless asked for otherwise.
 PLAIN = {
     "ragged": False,
@@ -18,13 +19,14 @@ PLAIN = {
 
 
 def targets(rows: Sequence[dict]) -> list[dict]:
-    """Every promise that the rows bear on, worst place first within each: name, where, value, target, aim (or None), at_most
-    (whether smaller is better) and reached. Values are ratios of medians of one group of rows."""
-    timed = [r for r in rows if r["status"] == "measured" and "seconds" in r and r["shape"] != "tiny"]
-    cpu = [r for r in timed if r["implementation"] in (OURS, "unfused cpu") or r["kind"] in ("peer", "yardstick")]
+    """Every promise that the rows bear on: name, where, value, target, aim (or None), at_most (whether smaller is better),
+    reached and detail. Values are ratios of medians of one group of rows."""
+    timed = Table([r for r in rows if r["status"] == "measured" and "seconds" in r and r["shape"] != "tiny"])
+    on_cpu = (_peers, _exp, _ragged, _reverse, _fused, _instruction_sets, _bfloat16, _saved)
+    on_gpu = (_gpu_floor, _gpu_pipeline, _gpu_mamba)
     found = []
-    for check in (_peers, _exp, _ragged, _reverse, _fused, _instruction_sets, _bfloat16, _saved):
-        found += check(Table(cpu))
+    for check in on_gpu if any(r["implementation"] == OURS_GPU for r in timed.rows) else on_cpu:
+        found += check(timed)
     return found
 
 
@@ -47,12 +49,14 @@ class Table:
         return self.one(**({k: row[k] for k in keys} | changes))
 
 
-def _entry(name: str, row: dict, value: float, target: float, aim: float | None = None, at_most: bool = False) -> dict:
+def _entry(
+    name: str, row: dict, value: float, target: float, aim=None, at_most: bool = False, detail: str = ""
+) -> dict:
     where = f"{row['op']}, {row['shape']}, batch {row['batch']}, {row['pass']}"
     reached = value <= target if at_most else value >= target
     return {
         **{"name": name, "where": where, "value": value, "target": target, "aim": aim},
-        **{"at_most": at_most, "reached": reached},
+        **{"at_most": at_most, "reached": reached, "detail": detail},
     }
 
 
@@ -80,8 +84,8 @@ def _peers(table: Table) -> list[dict]:
         else:
             continue
         best = min(peers, key=_median)
-        name = f"faster than the best peer ({best['implementation']})"
-        found.append(_entry(name, row, _median(best) / _median(row), target, aim))
+        value = _median(best) / _median(row)
+        found.append(_entry("faster than the best peer", row, value, target, aim, detail=best["implementation"]))
     return found
 
 
@@ -169,3 +173,52 @@ def _saved(table: Table) -> list[dict]:
 
     name, training = "kept for the backward, of all states", {"pass": TRAINING}
     return [e for op in ("selective_scan", "ss2d") for e in _ratio(table, name, value, op=op, **training)]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def _gpu_floor(table: Table) -> list[dict]:
+    """The fused map at batch 32 in bfloat16: the share reached of the speed that memory, special functions and instruction
+    issue allow; the backward is the difference of the two passes."""
+    found = []
+    for forward in table.all(
+        op="ss2d_projected", implementation=OURS_GPU, batch=32, dtype="bfloat16", **{"pass": FORWARD}
+    ):
+        both = table.like(forward, **{"pass": TRAINING})
+        if "floor" not in forward or both is None:
+            continue
+        floor = forward["floor"]["floor_s"], both["floor"]["floor_s"] - forward["floor"]["floor_s"]
+        time = _median(forward), _median(both) - _median(forward)
+        found.append(_entry("share of the estimated speed, forward", forward, floor[0] / time[0], 0.6))
+        found.append(_entry("share of the estimated speed, backward", both, floor[1] / time[1], 0.5))
+    return found
+
+
+def _gpu_pipeline(table: Table) -> list[dict]:
+    """All maps of DASS-small, forward and backward, against the fastest of the unfused pipelines on each."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        ours = others = 0.0
+        rows = table.all(op="ss2d_projected", implementation=OURS_GPU, batch=32, dtype=dtype, **{"pass": TRAINING})
+        for row in rows:
+            same = {key: row[key] for key in ("op", "shape", "batch", "pass", "dtype")}
+            pipelines = [r for r in table.all(**same) if r["kind"] in ("replaced", "peer")]
+            if row["shape"] not in DEPTHS or not pipelines:
+                break
+            ours += DEPTHS[row["shape"]] * _median(row)
+            others += DEPTHS[row["shape"]] * min(map(_median, pipelines))
+        else:
+            if len(rows) == len(DEPTHS):
+                place = rows[0] | {"shape": f"DASS-small, {dtype}"}
+                found.append(_entry("faster than the unfused pipeline", place, others / ours, 4.0))
+    return found
+
+
+def _gpu_mamba(table: Table) -> list[dict]:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for row in table.all(op="selective_scan", shape="mamba", implementation=OURS_GPU, dtype=dtype):
+            if (other := table.like(row, implementation="mamba_ssm")) is not None:
+                found.append(_entry(f"faster than mamba_ssm, {dtype}", row, _median(other) / _median(row), 1.3))
+    return found

@@ -17,7 +17,7 @@ import model_throughput  # noqa: E402
 import oracle  # noqa: E402
 import peers  # noqa: E402
 import scan_throughput  # noqa: E402
-from implementations import OWN, PEER, REPLACED  # noqa: E402
+from implementations import OWN, PEER, REPLACED, own_scan, scan_flags  # noqa: E402
 from model_scans import LOOP, NOTHING, scanning_with, scans  # noqa: E402
 from problems import OPS, SHAPES, TINY, Problem, floor_seconds, multiply_add_slots  # noqa: E402
 from session import Case, Session  # noqa: E402
@@ -330,7 +330,7 @@ def test_targets_compare_the_right_rows():
     found = {(t["name"], t["where"]): (round(t["value"], 3), t["reached"]) for t in targets(rows)}
     scan, fused = "selective_scan, stage1, batch 1, forward", "ss2d, stage1, batch 1, forward"
     assert found == {
-        ("faster than the best peer (hoisted loop)", scan): (16.0, True),
+        ("faster than the best peer", scan): (16.0, True),
         ("elements per second over torch.exp's", scan): (1.25, True),
         ("time for a ragged length", scan): (1.4, False),
         ("time for all backwards over all forwards", scan): (1.1, True),
@@ -340,6 +340,30 @@ def test_targets_compare_the_right_rows():
         ("elements per second over the plain scan's", fused): (2.0, True),
         ("kept for the backward, of all states", scan + "+backward"): (0.1, False),
     }
+
+
+def test_gpu_targets_add_up_the_whole_model():
+    whole = {"op": "ss2d_projected", "batch": 32, "dtype": "bfloat16", "pass": "forward+backward"}
+    rows = []
+    for shape, ours in (("stage1", 1.0), ("stage2", 2.0), ("stage3", 0.5), ("stage4", 1.0)):
+        rows.append(row(**whole, shape=shape, implementation="dass_ops cuda", ms=ours, floor={"floor_s": 0.75e-3}))
+        rows.append(row(**whole, shape=shape, implementation="unfused cuda", kind="replaced", ms=9.0))
+        rows.append(row(**whole, shape=shape, implementation="unfused vmamba", kind="peer", ms=5.0))
+    forward = whole | {"pass": "forward", "shape": "stage1", "implementation": "dass_ops cuda"}
+    rows.append(row(**forward, ms=0.5, floor={"floor_s": 0.25e-3}))
+    found = {t["name"]: (t["value"], t["reached"]) for t in targets(rows)}
+    assert found["faster than the unfused pipeline"] == (pytest.approx(14 * 5 / (2 + 4 + 4 + 2)), True)
+    assert found["share of the estimated speed, forward"] == (pytest.approx(0.5), False)
+    assert found["share of the estimated speed, backward"] == (pytest.approx(1.0), True)
+
+
+@pytest.mark.slow
+def test_the_compiled_pipeline_agrees_with_the_oracle():
+    problem = Problem("ss2d_projected", TINY)
+    inputs, d_out = problem.inputs("cpu"), problem.d_out("cpu")
+    expected = oracle.expect(problem, inputs, d_out)
+    pipeline = implementations.replaced("cpu", lambda p: own_scan("cpu", scan_flags(p)), compiled=True)
+    expected.check(*pipeline.bind(problem, inputs, expected.masked(d_out), True)())
 
 
 def test_another_process_takes_part_in_the_rounds():
