@@ -50,7 +50,7 @@ class RunConfig:
     device: str = "auto"
     """auto (the GPU where there is one), cpu, cuda or cuda:N."""
     threads: int | None = None
-    """Threads of a process on the CPU; none: torch's choice."""
+    """Threads of a process on the CPU; none: the cores that the loader's workers leave."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
