@@ -1,0 +1,86 @@
+"""Block sizes: plain functions of shapes and of the device's size. What they choose changes speed, never what is computed;
+the same shapes on the same kind of device get the same plan, so results repeat bit by bit."""
+
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import INTERPRETED
+from .tiles import ANY_COLUMNS, COLUMN_TILE, ROWS
+
+
+class Plan(NamedTuple):
+    """How a kernel is cut up."""
+
+    channels: int  # of a program, a power of two
+    chunk: int  # steps between two states that are carried
+    tile: int  # steps of a tile: the power of two that holds a chunk
+    warps: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def scan_plan(
+    sequences: int, unit: int, length: int, chunk: int, itemsize: int, multiprocessors: int, smallest: int = 1
+) -> Plan:
+    """For `sequences` = batch * directions * channels one-dimensional scans. Blocks of channels stay within a `unit` of
+    consecutive channels that share B and C, and get smaller where the device would not be filled, down to `smallest`.
+    `chunk` 0: the kernel's own choice. `itemsize`: bytes of an element of the inputs."""
+    chunk = min(chunk or 128, power_of_two(length))
+    tile = max(power_of_two(chunk), 16)
+    channels = min(16, max(power_of_two(unit), smallest))
+    while channels > smallest and sequences // channels < 2 * multiprocessors:
+        channels //= 2
+    per_thread = 4 if itemsize == 8 else 8
+    warps = min(max(channels * tile // (32 * per_thread), 1), 8)
+    return Plan(channels, chunk, tile, warps)
+
+
+def device_size(device: torch.device) -> int:
+    """Multiprocessors of the device; interpreted, where programs run one after the other, 1."""
+    if INTERPRETED:
+        return 1
+    return _multiprocessors(device.index or 0)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(index)["multiprocessor_count"]
+
+
+def on_device(t: Tensor):
+    """Triton launches on the current device: a context that makes it that of `t`."""
+    if t.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(t.device).device(t.device)
+
+
+def map_plan(sequences: int, length: int, chunk: int, itemsize: int, multiprocessors: int) -> Plan:
+    """For the map form with `sequences` = batch * channels. Products of matrices need blocks of 16 channels."""
+    return scan_plan(sequences, 16, length, chunk, itemsize, multiprocessors, smallest=16)
+
+
+def placing(columns: bool, height: int, length: int, plan: Plan) -> dict:
+    """How map kernels place steps on the map (tiles.py), by name of the kernels' argument."""
+    if not columns:
+        place = ROWS
+    elif height == power_of_two(height) <= plan.tile and plan.chunk == plan.tile:
+        place = COLUMN_TILE
+    else:
+        place = ANY_COLUMNS
+    index = tl.int32 if length < 2**31 - plan.tile else tl.int64
+    return {"PLACING": place.value, "HEIGHT": height if place is COLUMN_TILE else 0, "INDEX": index}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Products with the accuracy of float32 where the tensor cores would only have that of TF32."""
+    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32x3" if nvidia and dtype == torch.float32 else "ieee"
