@@ -1,8 +1,8 @@
 """The gradient of the selective scan; section 2 of SCAN.md.
 
-A program owns the same block of channels as in the forward pass and walks the chunks the other way, carrying mu. It recomputes
-the states of a chunk from the boundary state that the forward pass saved. Sums over the channels of a group, over the clips and
-over constant B and C go to partial results that are added up in a fixed order afterwards; nothing is added atomically.
+A program owns the same block of channels as in the forward pass and walks the chunks the other way, carrying mu. It
+recomputes the states of a chunk from the boundary state that the forward pass saved. Sums over the channels of a group, over
+the clips and over constant B and C go to partial results that are added up in a fixed order afterwards; nothing is atomic.
 """
 
 from typing import NamedTuple
@@ -13,18 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import prepare_gradients, prepare_scan, state_dtype
-from .plan import device_size, on_device, power_of_two, scan_plan
+from .forward import (
+    launches, program_of_scan, projection_base, row_of_state, sequence_base, step_sizes,
+)  # fmt: skip
+from .plan import device_size, on_device, scan_plan
 from .primitives import count, inline, sigmoid, total
-from .forward import launches, row_of_state, shared_rows, step_sizes
 from .recurrence import state_backward
-from .tiles import load_tile, steps_of_chunk, store_row, store_tile
+from .tiles import load_column, load_tile, steps_of_chunk, store_row, store_tile
 
 
 class Gradients(NamedTuple):
-    """What a launch writes, all contiguous; None where nothing is wanted. Partial: to be summed over the axes in brackets."""
+    """What the launches write, all contiguous; None where nothing is wanted. Partial: to be summed over the axes in
+    brackets."""
 
     u: Tensor  # like u
-    u_sum: Tensor  # like u, in the state dtype: what the directions before this launch gave
+    u_sum: Tensor  # like u, in the state dtype: what the directions before this one gave
     delta: Tensor
     z: Tensor | None
     A: Tensor  # ([batch], directions, channels, state)
@@ -37,128 +40,128 @@ class Gradients(NamedTuple):
 
 @inline
 def walk_back(
-    inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, channel,
-    channel_exists, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, row,
+    row_exists, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr,
     SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
     """One direction of a block of channels, from its last chunk to its first."""
     DTYPE: tl.constexpr = inputs.A.dtype.element_ty
     n_index = tl.arange(0, N_PADDED)[None, :]
-    state_exists = channel_exists & (n_index < N)
-    step = tl.arange(0, TILE)[None, :]
-    parameter = direction * inputs.channels + channel
-    sequence = (batch * directions + direction) * inputs.channels + channel
-    u_base = inputs.u.data + batch * inputs.u.batch + direction * inputs.u.direction
-    g_base = d_out.data + batch * d_out.batch + direction * d_out.direction
-    B_rows = shared_rows(inputs.B, batch, direction, first_channel)
-    C_rows = shared_rows(inputs.C, batch, direction, first_channel)
+    state_exists = row_exists & (n_index < N)
+    states = row * N + n_index
+    index = tl.arange(0, TILE)[None, :]
+    first = direction * inputs.channels + first_channel  # row of (directions, channels)
+    sequence = batch * directions * inputs.channels + first  # row of (batch, directions, channels)
+    u_row = (batch * inputs.channels + first_channel if SHARED else sequence) * inputs.length
     slab = ((batch * directions + direction) * blocks + block) * N
-    u_row = (batch * inputs.channels + channel if SHARED else sequence) * inputs.length
-    nothing = tl.full((channel.shape[0], N_PADDED), 0.0, DTYPE)
+    u_base = sequence_base(inputs.u, batch, direction, first_channel)
+    delta_base = sequence_base(inputs.delta, batch, direction, first_channel)
+    g_base = sequence_base(d_out, batch, direction, first_channel)
+    B_base = projection_base(inputs.B, batch, direction, first_channel)
+    C_base = projection_base(inputs.C, batch, direction, first_channel)
+    nothing = tl.full((row.shape[0], N_PADDED), 0.0, DTYPE)
     d_A, d_B_constant, d_C_constant = nothing, nothing, nothing
-    d_D = tl.full(channel.shape, 0.0, DTYPE)
-    d_bias = tl.full(channel.shape, 0.0, DTYPE)
+    d_D = tl.full(row.shape, 0.0, DTYPE)
+    d_bias = tl.full(row.shape, 0.0, DTYPE)
     if d_last_state is not None:
-        mu = tl.load(d_last_state + sequence * N + n_index, mask=state_exists, other=0.0)
+        mu = tl.load(d_last_state + sequence * N + states, mask=state_exists, other=0.0)
     else:
         mu = nothing
     for i in count(chunks):
         chunk = i if REVERSE else chunks - 1 - i
-        position, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
-        mask = channel_exists & exists[None, :]
-        dt, slope = step_sizes(inputs, batch, direction, channel, channel_exists, position, mask, DTYPE, SOFTPLUS)
-        u = load_tile(u_base, channel * inputs.u.channel, position, mask, DTYPE)
-        g = load_tile(g_base, channel * d_out.channel, position, mask, DTYPE)
+        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
+        mask = row_exists & exists[None, :]
+        dt, slope = step_sizes(inputs, delta_base + start, first, row, row_exists, step, mask, DTYPE, SOFTPLUS, INDEX)
+        u = load_tile(u_base + start, row, inputs.u.channel, step, mask, DTYPE, INDEX)
+        g = load_tile(g_base + start, row, d_out.channel, step, mask, DTYPE, INDEX)
         x = dt * u
-        D_u = tl.full(x.shape, 0.0, DTYPE)
-        D_g = D_u
+        d_u = tl.full(x.shape, 0.0, DTYPE)
+        y = d_u
         if inputs.D is not None:
-            D = tl.load(inputs.D + parameter, mask=channel_exists, other=0.0)
-            D_u = D * u
+            D = load_column(inputs.D + first, row, row_exists)
+            y = D * u
         if inputs.z is not None:
-            z_base = inputs.z.data + batch * inputs.z.batch + direction * inputs.z.direction
-            z = load_tile(z_base, channel * inputs.z.channel, position, mask, DTYPE)
+            z_base = sequence_base(inputs.z, batch, direction, first_channel) + start
+            z = load_tile(z_base, row, inputs.z.channel, step, mask, DTYPE, INDEX)
             gate = sigmoid(z)
             d_z = g * gate * (z * (1.0 - gate) + 1.0)  # times y, once y is known; equation (7)
             g = g * z * gate
-            y = D_u
         if inputs.D is not None:
-            D_g = D * g
+            d_u = D * g
             d_D += total(g * u, 1)[:, None]
         d_x = tl.full(x.shape, 0.0, DTYPE)  # sum_n lam B
         d_dt = tl.full(x.shape, 0.0, DTYPE)
         for n in range(N):
-            A = tl.load(inputs.A + parameter * N + n, mask=channel_exists, other=0.0)
-            B = row_of_state(inputs.B, B_rows, n, parameter, channel_exists, position, exists, N, DTYPE)
-            C = row_of_state(inputs.C, C_rows, n, parameter, channel_exists, position, exists, N, DTYPE)
-            h_in = tl.load(boundary_states + (sequence * chunks + chunk) * N + n, mask=channel_exists, other=0.0)
+            A = load_column(inputs.A + first * N + n, row * N, row_exists)
+            B = row_of_state(inputs.B, B_base, n, first, row, row_exists, start, step, exists, N, DTYPE)
+            C = row_of_state(inputs.C, C_base, n, first, row, row_exists, start, step, exists, N, DTYPE)
+            saved = boundary_states + (sequence * chunks + chunk) * N + n
+            h_in = load_column(saved, row.to(INDEX) * chunks * N, row_exists)
             h, lam, d_dt_n, d_A_n, mu = state_backward(
-                dt, u, x, g, A, B, C, h_in, mu, n, n_index, step, TILE, REVERSE, ACCURATE
+                dt, u, x, g, A, B, C, h_in, mu, n, n_index, index, TILE, REVERSE, ACCURATE
             )
             d_x += lam * B
             d_dt += d_dt_n
             d_A += tl.where(n_index == n, d_A_n, 0.0)
             d_B = lam * x
             d_C = g * h
+            slab_row = (slab + n) * inputs.length + start
             if inputs.B.batch is None:
                 d_B_constant += tl.where(n_index == n, total(d_B, 1)[:, None], 0.0)
             else:
-                store_row(to.B + (slab + n) * inputs.length, position, exists, total(d_B, 0))
+                store_row(to.B + slab_row, step, exists, total(d_B, 0))
             if inputs.C.batch is None:
                 d_C_constant += tl.where(n_index == n, total(d_C, 1)[:, None], 0.0)
             else:
-                store_row(to.C + (slab + n) * inputs.length, position, exists, total(d_C, 0))
+                store_row(to.C + slab_row, step, exists, total(d_C, 0))
             if inputs.z is not None:
                 y += C * h
-        d_u = D_g + dt * d_x
+        d_u += dt * d_x
         d_delta = tl.where(mask, d_dt * slope if SOFTPLUS else d_dt, 0.0)
         if inputs.delta_bias is not None:
             d_bias += total(d_delta, 1)[:, None]
+        here = sequence * inputs.length + start
         if inputs.z is not None:
-            store_tile(to.z, sequence * inputs.length, position, mask, d_z * y)
-        store_tile(to.delta, sequence * inputs.length, position, mask, d_delta)
+            store_tile(to.z + here, row, inputs.length, step, mask, d_z * y, INDEX)
+        store_tile(to.delta + here, row, inputs.length, step, mask, d_delta, INDEX)
         if not FIRST:
-            d_u += load_tile(to.u_sum, u_row, position, mask, DTYPE)
-        store_tile(to.u if LAST else to.u_sum, u_row, position, mask, d_u)
-    tl.store(to.A + sequence * N + n_index, d_A, mask=state_exists)
+            d_u += load_tile(to.u_sum + (u_row + start), row, inputs.length, step, mask, DTYPE, INDEX)
+        store_tile((to.u if LAST else to.u_sum) + (u_row + start), row, inputs.length, step, mask, d_u, INDEX)
+    tl.store(to.A + sequence * N + states, d_A, mask=state_exists)
     if inputs.B.batch is None:
-        tl.store(to.B + sequence * N + n_index, d_B_constant, mask=state_exists)
+        tl.store(to.B + sequence * N + states, d_B_constant, mask=state_exists)
     if inputs.C.batch is None:
-        tl.store(to.C + sequence * N + n_index, d_C_constant, mask=state_exists)
+        tl.store(to.C + sequence * N + states, d_C_constant, mask=state_exists)
     if inputs.D is not None:
-        tl.store(to.D + sequence, d_D, mask=channel_exists)
+        tl.store(to.D + sequence + row, d_D, mask=row_exists)
     if inputs.delta_bias is not None:
-        tl.store(to.delta_bias + sequence, d_bias, mask=channel_exists)
+        tl.store(to.delta_bias + sequence + row, d_bias, mask=row_exists)
     if to.initial_state is not None:
-        tl.store(to.initial_state + sequence * N + n_index, mu, mask=state_exists)
+        tl.store(to.initial_state + sequence * N + states, mu, mask=state_exists)
 
 
 @triton.jit
 def scan_backward_kernel(
     inputs, d_out, d_last_state, boundary_states, to, directions, first_direction, launched, unit, blocks_per_unit, blocks,
     chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, REVERSE_SECOND: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr,
+    INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr,
+    REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Programs as those of scan_forward_kernel."""
-    program = tl.program_id(0).to(tl.int64)
-    block = program % blocks
-    direction = first_direction + program // blocks % launched
-    batch = program // blocks // launched
-    first_channel = block // blocks_per_unit * unit
-    within = block % blocks_per_unit * BLOCK + tl.arange(0, BLOCK)[:, None]
-    channel = first_channel + within
+    batch, direction, block, first_channel, row, row_exists = program_of_scan(
+        first_direction, launched, unit, blocks_per_unit, blocks, BLOCK
+    )
     PAIR: tl.constexpr = REVERSE_SECOND is not None
     walk_back(
-        inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, channel,
-        within < unit, chunks, N, N_PADDED, CHUNK, TILE, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
+        inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, row,
+        row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
     )  # fmt: skip
     if PAIR:
         tl.debug_barrier()  # the second walk reads what other threads of the program wrote
         walk_back(
             inputs, d_out, d_last_state, boundary_states, to, batch, direction + 1, directions, block, blocks, first_channel,
-            channel, within < unit, chunks, N, N_PADDED, CHUNK, TILE, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
+            row, row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
         )  # fmt: skip
 
 
@@ -176,9 +179,8 @@ def scan_backward(
     wide = state_dtype(u.dtype)
     if sizes.empty:
         return _gradients_of_nothing(d_last_state, u, delta, A, B, C, D, z, delta_bias, initial_state)
-    plan = scan_plan(batch * directions * channels, sizes.unit, length, chunk, u.itemsize, device_size(u.device))
-    blocks_per_unit = -(-sizes.unit // plan.channels)
-    blocks = channels // sizes.unit * blocks_per_unit
+    plan = scan_plan(batch * directions * channels, sizes.unit, length, chunk, device_size(u.device))
+    blocks = channels // sizes.unit * -(-sizes.unit // plan.channels)
     sequences = (batch, directions, channels)
 
     def empty(*shape, dtype=wide):
@@ -202,14 +204,8 @@ def scan_backward(
         None if initial_state is None else empty(*sequences, state),
     )
     with on_device(u):
-        for first, side_by_side, flag, second in launches(reverse, sizes.shared):
-            scan_backward_kernel[(batch * side_by_side * blocks,)](
-                inputs, g, d_last, states, to, directions, first, side_by_side, sizes.unit, blocks_per_unit, blocks,
-                -(-length // plan.chunk), N=state, N_PADDED=power_of_two(state), BLOCK=plan.channels, CHUNK=plan.chunk,
-                TILE=plan.tile, SOFTPLUS=delta_softplus, ACCURATE=u.dtype == torch.float32, SHARED=sizes.shared, REVERSE=flag,
-                REVERSE_SECOND=second, FIRST=not sizes.shared or first == 0, LAST=not sizes.shared or first + 2 >= directions,
-                num_warps=plan.warps,
-            )  # fmt: skip
+        for grid, numbers, constants in launches(sizes, reverse, delta_softplus, inputs, plan, g.channel):
+            scan_backward_kernel[grid](inputs, g, d_last, states, to, *numbers, **constants)
 
     def projection_gradient(partial, projection, like):
         if projection.batch is None:

@@ -1,7 +1,7 @@
 """The selective scan; equations (1) to (6), (9) and (10) of SCAN.md.
 
-A program owns a block of channels of one clip and walks the chunks of one direction, or of two whose outputs are summed. What
-it carries from chunk to chunk is the state, (channels, state), in registers; inside a chunk the scan is associative.
+A program owns a block of channels of one clip and walks the chunks of one direction, or of two whose outputs are summed.
+What it carries from chunk to chunk is the state, (channels, state), in registers; inside a chunk the scan is associative.
 """
 
 import torch
@@ -9,41 +9,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import prepare_scan, state_dtype
-from .plan import device_size, on_device, power_of_two, scan_plan
+from .arguments import ScanInputs, ScanSizes, prepare_scan, state_dtype
+from .plan import Plan, device_size, index_type, on_device, power_of_two, scan_plan
 from .primitives import count, inline, sigmoid, softplus_and_sigmoid
 from .recurrence import state_forward
-from .tiles import load_row, load_tile, steps_of_chunk, store_tile
+from .tiles import load_column, load_row, load_tile, steps_of_chunk, store_tile
 
 
 @inline
-def shared_rows(projection, batch, direction, first_channel):
+def sequence_base(sequence, batch, direction, first_channel):
+    """Where the channels of a block begin in a Sequence."""
+    return sequence.data + (batch * sequence.batch + direction * sequence.direction + first_channel * sequence.channel)
+
+
+@inline
+def projection_base(projection, batch, direction, first_channel):
     """Where the rows of B or C begin that the channels of a block share; None where they are constant."""
     if projection.batch is None:
         return None
     else:
         group = first_channel // projection.group_channels
-        return projection.data + batch * projection.batch + direction * projection.direction + group * projection.group
+        return projection.data + (
+            batch * projection.batch + direction * projection.direction + group * projection.group
+        )
 
 
 @inline
-def row_of_state(projection, rows, n, parameter, channel_exists, position, exists, N: tl.constexpr, DTYPE: tl.constexpr):
+def row_of_state(
+    projection, base, n, first, row, row_exists, start, step, exists, N: tl.constexpr, DTYPE: tl.constexpr
+):
     """B or C of state n: (1, steps), or (channels, 1) where it is constant."""
     if projection.batch is None:
-        return tl.load(projection.data + parameter * N + n, mask=channel_exists, other=0.0)
+        return load_column(projection.data + first * N + n, row * N, row_exists)
     else:
-        return load_row(rows + tl.cast(n, tl.int64) * projection.state, position, exists, DTYPE)
+        return load_row(base + (tl.cast(n, tl.int64) * projection.state + start), step, exists, DTYPE)
 
 
 @inline
 def step_sizes(
-    inputs, batch, direction, channel, channel_exists, position, mask, DTYPE: tl.constexpr, SOFTPLUS: tl.constexpr
+    inputs, base, first, row, row_exists, step, mask, DTYPE: tl.constexpr, SOFTPLUS: tl.constexpr, INDEX: tl.constexpr
 ):
     """dt of equations (1), (2), zero outside the mask, and d_dt / d_v."""
-    base = inputs.delta.data + batch * inputs.delta.batch + direction * inputs.delta.direction
-    v = load_tile(base, channel * inputs.delta.channel, position, mask, DTYPE)
+    v = load_tile(base, row, inputs.delta.channel, step, mask, DTYPE, INDEX)
     if inputs.delta_bias is not None:
-        v = v + tl.load(inputs.delta_bias + direction * inputs.channels + channel, mask=channel_exists, other=0.0)
+        v = v + load_column(inputs.delta_bias + first, row, row_exists)
     slope = v
     if SOFTPLUS:
         v, slope = softplus_and_sigmoid(v)
@@ -52,86 +61,129 @@ def step_sizes(
 
 @inline
 def walk(
-    inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, channel, channel_exists,
-    chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists, chunks,
+    N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """One direction of a block of channels, from its first chunk to its last."""
     DTYPE: tl.constexpr = inputs.A.dtype.element_ty
     n_index = tl.arange(0, N_PADDED)[None, :]
-    state_exists = channel_exists & (n_index < N)
-    step = tl.arange(0, TILE)[None, :]
-    parameter = direction * inputs.channels + channel  # rows of (directions, channels)
-    sequence = (batch * directions + direction) * inputs.channels + channel  # of (batch, directions, channels)
-    u_base = inputs.u.data + batch * inputs.u.batch + direction * inputs.u.direction
-    B_rows = shared_rows(inputs.B, batch, direction, first_channel)
-    C_rows = shared_rows(inputs.C, batch, direction, first_channel)
-    out_row = (batch * inputs.channels + channel if SHARED else sequence) * inputs.length
+    state_exists = row_exists & (n_index < N)
+    index = tl.arange(0, TILE)[None, :]
+    first = direction * inputs.channels + first_channel  # row of (directions, channels)
+    sequence = batch * directions * inputs.channels + first  # row of (batch, directions, channels)
+    out_row = (batch * inputs.channels + first_channel if SHARED else sequence) * inputs.length
+    u_base = sequence_base(inputs.u, batch, direction, first_channel)
+    delta_base = sequence_base(inputs.delta, batch, direction, first_channel)
+    B_base = projection_base(inputs.B, batch, direction, first_channel)
+    C_base = projection_base(inputs.C, batch, direction, first_channel)
     if inputs.initial_state is not None:
-        h = tl.load(inputs.initial_state + sequence * N + n_index, mask=state_exists, other=0.0)
+        h = tl.load(inputs.initial_state + sequence * N + (row * N + n_index), mask=state_exists, other=0.0)
     else:
-        h = tl.full((channel.shape[0], N_PADDED), 0.0, DTYPE)
+        h = tl.full((row.shape[0], N_PADDED), 0.0, DTYPE)
     for i in count(chunks):
         chunk = chunks - 1 - i if REVERSE else i
-        position, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
-        mask = channel_exists & exists[None, :]
+        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
+        mask = row_exists & exists[None, :]
         if boundary_states is not None:
-            tl.store(boundary_states + (sequence * chunks + chunk) * N + n_index, h, mask=state_exists)
-        dt, _ = step_sizes(inputs, batch, direction, channel, channel_exists, position, mask, DTYPE, SOFTPLUS)
-        u = load_tile(u_base, channel * inputs.u.channel, position, mask, DTYPE)
+            saved = boundary_states + (sequence * chunks + chunk) * N
+            tl.store(saved + (row.to(INDEX) * chunks * N + n_index), h, mask=state_exists)
+        dt, _ = step_sizes(inputs, delta_base + start, first, row, row_exists, step, mask, DTYPE, SOFTPLUS, INDEX)
+        u = load_tile(u_base + start, row, inputs.u.channel, step, mask, DTYPE, INDEX)
         x = dt * u
         if inputs.D is not None:
-            y = u * tl.load(inputs.D + parameter, mask=channel_exists, other=0.0)
+            y = u * load_column(inputs.D + first, row, row_exists)
         else:
             y = tl.full(x.shape, 0.0, DTYPE)
         for n in range(N):
-            A = tl.load(inputs.A + parameter * N + n, mask=channel_exists, other=0.0)
-            B = row_of_state(inputs.B, B_rows, n, parameter, channel_exists, position, exists, N, DTYPE)
-            C = row_of_state(inputs.C, C_rows, n, parameter, channel_exists, position, exists, N, DTYPE)
-            h_n, h = state_forward(dt, x, A, B, h, n, n_index, step, TILE, REVERSE, ACCURATE)
+            A = load_column(inputs.A + first * N + n, row * N, row_exists)
+            B = row_of_state(inputs.B, B_base, n, first, row, row_exists, start, step, exists, N, DTYPE)
+            C = row_of_state(inputs.C, C_base, n, first, row, row_exists, start, step, exists, N, DTYPE)
+            h_n, h = state_forward(dt, x, A, B, h, n, n_index, index, TILE, REVERSE, ACCURATE)
             y += C * h_n
         if inputs.z is not None:
-            base = inputs.z.data + batch * inputs.z.batch + direction * inputs.z.direction
-            z = load_tile(base, channel * inputs.z.channel, position, mask, DTYPE)
+            z_base = sequence_base(inputs.z, batch, direction, first_channel) + start
+            z = load_tile(z_base, row, inputs.z.channel, step, mask, DTYPE, INDEX)
             y = y * z * sigmoid(z)
         if not FIRST:
-            y += load_tile(summed, out_row, position, mask, DTYPE)
-        store_tile(out if LAST else summed, out_row, position, mask, y)
-    tl.store(last_state + sequence * N + n_index, h, mask=state_exists)
+            y += load_tile(summed + (out_row + start), row, inputs.length, step, mask, DTYPE, INDEX)
+        store_tile((out if LAST else summed) + (out_row + start), row, inputs.length, step, mask, y, INDEX)
+    tl.store(last_state + sequence * N + (row * N + n_index), h, mask=state_exists)
+
+
+@inline
+def program_of_scan(first_direction, launched, unit, blocks_per_unit, blocks, BLOCK: tl.constexpr):
+    """Programs: (batch, one direction of those launched, block of channels). Blocks stay within a unit of channels that share
+    B and C. Returns batch, direction, block and first channel, 64-bit, the rows of the block, (rows, 1), and which exist."""
+    program = tl.program_id(0).to(tl.int64)
+    block = program % blocks
+    direction = first_direction + program // blocks % launched
+    batch = program // blocks // launched
+    within = block % blocks_per_unit * BLOCK
+    row = tl.arange(0, BLOCK)[:, None]
+    return batch, direction, block, block // blocks_per_unit * unit + within, row, within + row < unit
 
 
 @triton.jit
 def scan_forward_kernel(
     inputs, out, summed, last_state, boundary_states, directions, first_direction, launched, unit, blocks_per_unit, blocks,
     chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, REVERSE_SECOND: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr,
+    INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr,
+    REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (batch, one direction of those launched, block of channels). REVERSE_SECOND is None, or the flag of the
-    direction that follows in the same program and adds its output."""
-    program = tl.program_id(0).to(tl.int64)
-    block = program % blocks
-    direction = first_direction + program // blocks % launched
-    batch = program // blocks // launched
-    first_channel = block // blocks_per_unit * unit
-    within = block % blocks_per_unit * BLOCK + tl.arange(0, BLOCK)[:, None]
-    channel = first_channel + within
+    """REVERSE_SECOND: None, or the flag of the direction that follows in the same program and adds its output."""
+    batch, direction, _, first_channel, row, row_exists = program_of_scan(
+        first_direction, launched, unit, blocks_per_unit, blocks, BLOCK
+    )
     PAIR: tl.constexpr = REVERSE_SECOND is not None
     walk(
-        inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, channel, within < unit,
-        chunks, N, N_PADDED, CHUNK, TILE, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
+        inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists, chunks,
+        N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
     )  # fmt: skip
     if PAIR:
         tl.debug_barrier()  # the second walk reads what other threads of the program wrote
         walk(
-            inputs, out, summed, last_state, boundary_states, batch, direction + 1, directions, first_channel, channel,
-            within < unit, chunks, N, N_PADDED, CHUNK, TILE, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
+            inputs, out, summed, last_state, boundary_states, batch, direction + 1, directions, first_channel, row, row_exists,
+            chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
         )  # fmt: skip
 
 
-def launches(reverse: list[bool], shared: bool) -> list[tuple[int, int, bool, bool | None]]:
-    """(first direction, directions side by side, its flag, flag of a second one in the same program): with a shared u, pairs
-    one after the other; otherwise runs of equal flags."""
+def launches(sizes: ScanSizes, reverse: list[bool], softplus: bool, inputs: ScanInputs, plan: Plan, *strides: int):
+    """Grid, the kernels' numbers and their constants, for each launch of either pass.
+
+    Directions that share u follow each other in pairs, two to a program; the others run side by side, those of equal flags in
+    one launch. `strides`: of channels, in tensors beyond the inputs."""
+    if inputs.z is not None:
+        strides += (inputs.z.channel,)
+    blocks_per_unit = -(-sizes.unit // plan.channels)
+    blocks = sizes.channels // sizes.unit * blocks_per_unit
+    constants = {
+        "N": sizes.state,
+        "N_PADDED": power_of_two(sizes.state),
+        "BLOCK": plan.channels,
+        "CHUNK": plan.chunk,
+        "TILE": plan.tile,
+        "INDEX": index_type(plan, sizes.length, sizes.length, inputs.u.channel, inputs.delta.channel, *strides),
+        "SOFTPLUS": softplus,
+        "ACCURATE": inputs.A.dtype == inputs.u.data.dtype == torch.float32,
+        "SHARED": sizes.shared,
+        "num_warps": plan.warps,
+    }
+    for first, side_by_side, flag, second in runs(reverse, sizes.shared):
+        grid = (sizes.batch * side_by_side * blocks,)
+        numbers = (sizes.directions, first, side_by_side, sizes.unit, blocks_per_unit, blocks, plan.chunks(sizes.length))
+        order = {
+            "REVERSE": flag,
+            "REVERSE_SECOND": second,
+            "FIRST": not sizes.shared or first == 0,
+            "LAST": not sizes.shared or first + 2 >= sizes.directions,
+        }
+        yield grid, numbers, constants | order
+
+
+def runs(reverse: list[bool], shared: bool) -> list[tuple[int, int, bool, bool | None]]:
+    """(first direction, directions side by side, their flag, flag of a second one in the same program)."""
     if shared:
         return [(k, 1, reverse[k], (reverse[k + 1 :] or [None])[0]) for k in range(0, len(reverse), 2)]
     starts = [k for k in range(len(reverse)) if k == 0 or reverse[k] != reverse[k - 1]]
@@ -156,18 +208,10 @@ def scan_forward(
     if sizes.empty:
         last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
         return out, last_state, boundary_states
-    plan = scan_plan(batch * directions * channels, sizes.unit, length, chunk, u.itemsize, device_size(u.device))
-    blocks_per_unit = -(-sizes.unit // plan.channels)
-    blocks = channels // sizes.unit * blocks_per_unit
-    runs = launches(reverse, sizes.shared)
+    plan = scan_plan(batch * directions * channels, sizes.unit, length, chunk, device_size(u.device))
     summed = out if out_dtype == wide or not sizes.shared else torch.empty_like(out, dtype=wide)
+    saved = boundary_states if chunk else None
     with on_device(u):
-        for first, side_by_side, flag, second in runs:
-            scan_forward_kernel[(batch * side_by_side * blocks,)](
-                inputs, out, summed, last_state, boundary_states if chunk else None, directions, first, side_by_side, sizes.unit,
-                blocks_per_unit, blocks, -(-length // plan.chunk), N=state, N_PADDED=power_of_two(state), BLOCK=plan.channels,
-                CHUNK=plan.chunk, TILE=plan.tile, SOFTPLUS=delta_softplus, ACCURATE=u.dtype == torch.float32,
-                SHARED=sizes.shared, REVERSE=flag, REVERSE_SECOND=second, FIRST=not sizes.shared or first == 0,
-                LAST=not sizes.shared or first + 2 >= directions, num_warps=plan.warps,
-            )  # fmt: skip
+        for grid, numbers, constants in launches(sizes, reverse, delta_softplus, inputs, plan):
+            scan_forward_kernel[grid](inputs, out, summed, last_state, saved, *numbers, **constants)
     return out, last_state, boundary_states

@@ -22,6 +22,12 @@ class Plan(NamedTuple):
     tile: int  # steps of a tile: the power of two that holds a chunk
     warps: int
 
+    def chunks(self, length: int) -> int:
+        return -(-length // self.chunk)
+
+
+CHUNK = 128  # steps of a tile that a warp holds in its registers, four to a lane
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
@@ -29,19 +35,47 @@ def power_of_two(n: int) -> int:
 
 
 def scan_plan(
-    sequences: int, unit: int, length: int, chunk: int, itemsize: int, multiprocessors: int, smallest: int = 1
+    sequences: int, unit: int, length: int, chunk: int, multiprocessors: int, least: int = 1, most: int = 8
 ) -> Plan:
-    """For `sequences` = batch * directions * channels one-dimensional scans. Blocks of channels stay within a `unit` of
-    consecutive channels that share B and C, and get smaller where the device would not be filled, down to `smallest`.
-    `chunk` 0: the kernel's own choice. `itemsize`: bytes of an element of the inputs."""
-    chunk = min(chunk or 128, power_of_two(length))
+    """For `sequences` = batch * directions * channels one-dimensional scans.
+
+    Blocks of channels stay within a `unit` of consecutive channels that share B and C. They get smaller, down to `least`,
+    where there would not be two programs for each multiprocessor. `chunk` 0: the kernels' own choice."""
+    chunk = min(chunk or CHUNK, power_of_two(length))
     tile = max(power_of_two(chunk), 16)
-    channels = min(16, max(power_of_two(unit), smallest))
-    while channels > smallest and sequences // channels < 2 * multiprocessors:
+    channels = min(most, max(power_of_two(unit), least))
+    while channels > least and sequences // channels < 2 * multiprocessors:
         channels //= 2
-    per_thread = 4 if itemsize == 8 else 8
-    warps = min(max(channels * tile // (32 * per_thread), 1), 8)
+    warps = min(max(channels * tile // 256, 1), 16)  # 8 numbers of a tile to a thread
     return Plan(channels, chunk, tile, warps)
+
+
+def map_plan(sequences: int, length: int, chunk: int, multiprocessors: int) -> Plan:
+    """For the map form with `sequences` = batch * channels. Products of matrices want blocks of 16 channels."""
+    return scan_plan(sequences, 16, length, chunk, multiprocessors, least=16, most=16)
+
+
+def placing(columns: bool, height: int, plan: Plan) -> dict:
+    """How map kernels place steps on the map (tiles.py), by name of the kernels' argument."""
+    if not columns:
+        place = ROWS
+    elif height == power_of_two(height) <= plan.tile == plan.chunk:
+        place = COLUMN_TILE
+    else:
+        place = ANY_COLUMNS
+    return {"PLACING": place.value, "HEIGHT": height if place is COLUMN_TILE else 0}
+
+
+def index_type(plan: Plan, extent: int, *strides: int):
+    """The type for offsets inside a program: rows of a block at `strides`, and in each `extent` elements."""
+    furthest = (plan.channels - 1) * max(strides, default=0) + extent + plan.tile
+    return tl.int32 if furthest < 2**31 else tl.int64
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Products with the accuracy of float32 where the tensor cores would only have that of TF32."""
+    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32x3" if nvidia and dtype == torch.float32 else "ieee"
 
 
 def device_size(device: torch.device) -> int:
@@ -61,26 +95,3 @@ def on_device(t: Tensor):
     if t.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(t.device).device(t.device)
-
-
-def map_plan(sequences: int, length: int, chunk: int, itemsize: int, multiprocessors: int) -> Plan:
-    """For the map form with `sequences` = batch * channels. Products of matrices need blocks of 16 channels."""
-    return scan_plan(sequences, 16, length, chunk, itemsize, multiprocessors, smallest=16)
-
-
-def placing(columns: bool, height: int, length: int, plan: Plan) -> dict:
-    """How map kernels place steps on the map (tiles.py), by name of the kernels' argument."""
-    if not columns:
-        place = ROWS
-    elif height == power_of_two(height) <= plan.tile and plan.chunk == plan.tile:
-        place = COLUMN_TILE
-    else:
-        place = ANY_COLUMNS
-    index = tl.int32 if length < 2**31 - plan.tile else tl.int64
-    return {"PLACING": place.value, "HEIGHT": height if place is COLUMN_TILE else 0, "INDEX": index}
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """Products with the accuracy of float32 where the tensor cores would only have that of TF32."""
-    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return "tf32x3" if nvidia and dtype == torch.float32 else "ieee"

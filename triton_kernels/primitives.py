@@ -1,7 +1,7 @@
 """What the kernels are made of: scans of affine maps in either direction, numerics, sums and stores.
 
 Interpreted (TRITON_INTERPRET=1), some things go another way, because Triton's interpreter does them very slowly or wrongly:
-`inline`, `count`, `scan_states`, `scan_adjoint`, `total` and `rounded`. `tests/ops/test_triton.py` compares them with what they
+`inline`, `count`, `scan_states`, `scan_adjoint`, `settled`, `total` and `rounded`. `tests/ops/test_triton.py` compares them with what they
 stand for.
 """
 
@@ -63,6 +63,9 @@ if INTERPRETED:
             yield i
             i += 1
 
+    def settled(x):
+        return x
+
     def total(x, axis):
         return tl.reduce(x, axis, tl.standard._sum_combine)
 
@@ -82,6 +85,12 @@ else:
         tl.flip take five."""
         last: tl.constexpr = x.shape[1] - 1
         return tl.gather(x, tl.broadcast_to(last - tl.arange(0, x.shape[1])[None, :], x.shape), 1)
+
+    @triton.jit
+    def settled(x):
+        """The same tile in the thread layout of `turned`, one warp to a row. What comes from a product of matrices or was
+        turned from (height, columns) has another layout, which would spread over the arithmetic and meet this one often."""
+        return tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[1])[None, :], x.shape), 1)
 
     @triton.jit
     def scan_states(a, w, REVERSE: tl.constexpr):

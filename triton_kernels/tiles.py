@@ -1,7 +1,7 @@
 """Tensors as the kernels see them, and how a tile of (rows, steps) is read and written.
 
 A tile holds steps of one chunk in the order of positions, not of the walk: a reversed direction scans the same tile from the
-other end. Offsets into tensors are 64-bit: they are built from 64-bit indices.
+other end. Where a tile begins is a 64-bit offset; inside it, offsets are of the type INDEX, 32-bit where they fit (plan.py).
 """
 
 from typing import NamedTuple
@@ -52,45 +52,54 @@ class LowRank(NamedTuple):
 
 @inline
 def steps_of_chunk(chunk, length, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Positions of the steps of a chunk of a sequence, (steps,), 64-bit, and which of them exist."""
-    step = tl.arange(0, TILE)
-    position = tl.cast(chunk, tl.int64) * CHUNK + step
-    exists = position < length
+    """The first position of a chunk of a sequence, 64-bit, the steps from there, (steps,), and which of them exist.
+
+    The hint about contiguity gives every dtype the thread layout that `turned` wants, one warp to a row; without it, 16-bit
+    tiles are computed in two layouts."""
+    start = tl.cast(chunk, tl.int64) * CHUNK
+    step = tl.max_contiguous(tl.arange(0, TILE), max(TILE // 32, 1))
+    exists = start + step < length
     if CHUNK != TILE:
         exists = exists & (step < CHUNK)
-    return position, exists
+    return start, step, exists
 
 
 @inline
-def load_tile(base, rows, position, mask, DTYPE: tl.constexpr):
-    """(rows, steps) at base + rows + position, zero outside the mask; `rows` is (rows, 1), `position` (steps,)."""
-    return tl.load(base + rows + position[None, :], mask=mask, other=0.0).to(DTYPE)
+def load_tile(base, row, stride, step, mask, DTYPE: tl.constexpr, INDEX: tl.constexpr):
+    """(rows, steps) from `base` on, zero outside the mask; `row` is (rows, 1), `step` (steps,)."""
+    return tl.load(base + (row * tl.cast(stride, INDEX) + step[None, :]), mask=mask, other=0.0).to(DTYPE)
 
 
 @inline
-def store_tile(base, rows, position, mask, value):
-    pointer = base + rows + position[None, :]
+def store_tile(base, row, stride, step, mask, value, INDEX: tl.constexpr):
+    pointer = base + (row * tl.cast(stride, INDEX) + step[None, :])
     tl.store(pointer, rounded(value, pointer.dtype.element_ty), mask=mask)
 
 
 @inline
-def load_row(base, position, exists, DTYPE: tl.constexpr):
+def load_row(base, step, exists, DTYPE: tl.constexpr):
     """(1, steps). Read as a vector: a load of (1, steps) would force its thread layout on the tiles it meets."""
-    return tl.load(base + position, mask=exists, other=0.0).to(DTYPE)[None, :]
+    return tl.load(base + step, mask=exists, other=0.0).to(DTYPE)[None, :]
 
 
 @inline
-def store_row(base, position, exists, value):
+def store_row(base, step, exists, value):
     """`value` is (steps,)."""
-    pointer = base + position
+    pointer = base + step
     tl.store(pointer, rounded(value, pointer.dtype.element_ty), mask=exists)
+
+
+@inline
+def load_column(base, row, exists):
+    """(rows, 1), one number per channel; `row` is (rows, 1)."""
+    return tl.load(base + row, mask=exists, other=0.0)
 
 
 # -- maps, walked row by row or column by column -----------------------------------------------------------------------
 #
 # Three ways to place the steps of a chunk on the map. ROWS: positions follow each other. COLUMN_TILE, where the height is a
-# power of two and divides the chunk: whole columns, read as they lie in memory, (height, columns), and turned. ANY_COLUMNS: the
-# position of each step is computed, and the reads are scattered.
+# power of two and divides the chunk: whole columns, read as they lie in memory, (height, columns), and turned. ANY_COLUMNS:
+# the position of each step is computed, and the reads are scattered.
 
 ROWS: tl.constexpr = tl.constexpr(0)
 COLUMN_TILE: tl.constexpr = tl.constexpr(1)
@@ -99,38 +108,42 @@ ANY_COLUMNS: tl.constexpr = tl.constexpr(2)
 
 @inline
 def places_of_chunk(
-    chunk, order, exists, height, width, CHUNK: tl.constexpr, TILE: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-):  # fmt: skip
-    """Where on the map the steps of a chunk lie, 64-bit, and which of these places exist, as they are read: (steps,), or
-    (height, columns) for COLUMN_TILE. `order` and `exists`: of steps_of_chunk. INDEX: an integer type for height * width."""
+    start, step, exists, height, width, TILE: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr, INDEX: tl.constexpr
+):
+    """Where on the map the steps of a chunk lie: an offset, 64-bit, the places from there, and which of these exist, as they
+    are read: (steps,), or (height, columns) for COLUMN_TILE. The first three arguments: of steps_of_chunk."""
     if PLACING == COLUMN_TILE:
-        column = tl.cast(chunk, tl.int64) * (CHUNK // HEIGHT) + tl.arange(0, TILE // HEIGHT)[None, :]
-        row = tl.arange(0, HEIGHT)[:, None].to(tl.int64)
-        return row * width + column, (row < height) & (column < width)
+        first = start // HEIGHT
+        column = tl.arange(0, TILE // HEIGHT)[None, :]
+        row = tl.arange(0, HEIGHT)[:, None]
+        return first, row * tl.cast(width, INDEX) + column, (row < height) & (first + column < width)
     elif PLACING == ANY_COLUMNS:
-        step = order.to(INDEX)
-        return (step % height).to(tl.int64) * width + step // height, exists
+        order = start.to(INDEX) + step
+        return start * 0, order % height * width + order // height, exists
     else:
-        return order, exists
+        return start, step, exists
 
 
 @inline
-def load_map(base, rows, rows_exist, places, placed, DTYPE: tl.constexpr, TILE: tl.constexpr, PLACING: tl.constexpr):
-    """(rows, steps) of the maps at base + rows, zero where a step or a row does not exist; `rows` is (rows, 1)."""
+def load_map(
+    base, row, stride, row_exists, places, placed, DTYPE: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
+    PLACING: tl.constexpr,
+):  # fmt: skip
+    """(rows, steps) of the maps from `base` on, zero where a step or a row does not exist; `row` is (rows, 1)."""
     if PLACING == COLUMN_TILE:
-        pointer = base + rows[:, :, None] + places[None, :, :]
-        tile = tl.load(pointer, mask=rows_exist[:, :, None] & placed[None, :, :], other=0.0).to(DTYPE)
-        return tl.reshape(tl.permute(tile, (0, 2, 1)), (rows.shape[0], TILE))
+        offset = (row * tl.cast(stride, INDEX))[:, :, None] + places[None, :, :]
+        tile = tl.load(base + offset, mask=row_exists[:, :, None] & placed[None, :, :], other=0.0).to(DTYPE)
+        return tl.reshape(tl.permute(tile, (0, 2, 1)), (row.shape[0], TILE))
     else:
-        return load_tile(base, rows, places, rows_exist & placed[None, :], DTYPE)
+        return load_tile(base, row, stride, places, row_exists & placed[None, :], DTYPE, INDEX)
 
 
 @inline
-def store_map(base, rows, rows_exist, places, placed, value, PLACING: tl.constexpr):
+def store_map(base, row, stride, row_exists, places, placed, value, INDEX: tl.constexpr, PLACING: tl.constexpr):
     if PLACING == COLUMN_TILE:
-        pointer = base + rows[:, :, None] + places[None, :, :]
+        pointer = base + ((row * tl.cast(stride, INDEX))[:, :, None] + places[None, :, :])
         tile = tl.permute(tl.reshape(value, (value.shape[0], places.shape[1], places.shape[0])), (0, 2, 1))
-        tl.store(pointer, rounded(tile, pointer.dtype.element_ty), mask=rows_exist[:, :, None] & placed[None, :, :])
+        mask = row_exists[:, :, None] & placed[None, :, :]
+        tl.store(pointer, rounded(tile, pointer.dtype.element_ty), mask=mask)
     else:
-        store_tile(base, rows, places, rows_exist & placed[None, :], value)
+        store_tile(base, row, stride, places, row_exists & placed[None, :], value, INDEX)
