@@ -32,8 +32,8 @@ struct ScanSizes {
   Dtype io = Dtype::float32;
   Dtype out = Dtype::float32;     // of out and of its gradient: io or the state dtype
 
-  bool reversed(int64_t direction) const { return (reverse >> direction) & 1; }
-  int64_t outputs() const { return shared ? 1 : directions; }
+  constexpr bool reversed(int64_t direction) const { return (reverse >> direction) & 1; }
+  constexpr int64_t outputs() const { return shared ? 1 : directions; }
 };
 
 // Pointers without strides are contiguous, of state dtype, and may be null where the schema says `Tensor?`.
@@ -63,8 +63,8 @@ struct Ss2dSizes {
   Dtype io = Dtype::float32;
   Dtype out = Dtype::float32;
 
-  int64_t length() const { return height * width; }
-  int64_t rows() const { return rank + 2 * state; }
+  constexpr int64_t length() const { return height * width; }
+  constexpr int64_t rows() const { return rank + 2 * state; }
 };
 
 // x and d_y: (batch, channels, H*W), the map contiguous. x_dbl: (batch, 4, rows, H*W), the map contiguous.

@@ -1,0 +1,6 @@
+// The scan kernels for float32 data, compiled for the host.
+#include "kernels/scan_launch.cuh"
+
+namespace dass {
+template struct ScanKernels<float>;
+}

@@ -1,0 +1,328 @@
+// Plans and launches of ss2d. A plan depends on shapes, dtypes and the GPU's shared memory alone, so results repeat bit for bit.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/carry.cuh"
+#include "kernels/launch.h"
+#include "kernels/ss2d_backward.cuh"
+#include "kernels/ss2d_forward.cuh"
+#include "kernels/ss2d_summary.cuh"
+#include "kernels/sums.cuh"
+
+namespace dass {
+
+constexpr int64_t kTilePositions = 1024;
+constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
+
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+inline Geometry whole_map(const Ss2dSizes& sizes, int piece) {
+  Geometry g;
+  g.height = sizes.height;
+  g.width = sizes.width;
+  g.tile_height = static_cast<int>(sizes.height);
+  g.tile_width = static_cast<int>(sizes.width);
+  g.tiles_down = g.tiles_across = 1;
+  for (int pair : {kRows, kColumns}) g.total[pair] = g.pieces[pair] = static_cast<int>(divide_up(sizes.length(), piece));
+  return g;
+}
+
+// Tiles of at most `positions`, as high or as wide as the map if that is low or narrow; otherwise as long as a piece if they
+// may be.
+inline Geometry tiles_of(const Ss2dSizes& sizes, int piece, int64_t positions) {
+  Geometry g;
+  g.height = sizes.height;
+  g.width = sizes.width;
+  int64_t height = std::min<int64_t>(sizes.height, piece), width = std::min<int64_t>(sizes.width, piece);
+  if (sizes.height <= piece) width = std::min(sizes.width, std::max<int64_t>(positions / height / piece * piece, piece));
+  else if (sizes.width <= piece) height = std::min(sizes.height, std::max<int64_t>(positions / width / piece * piece, piece));
+  while (height * width > positions) (height > width ? height : width) = divide_up(std::max(height, width), 2);
+  g.tile_height = static_cast<int>(height);
+  g.tile_width = static_cast<int>(width);
+  g.tiles_down = divide_up(sizes.height, height);
+  g.tiles_across = divide_up(sizes.width, width);
+  const auto cut = [&](Pair pair, int64_t line, int64_t map_line, int64_t lines, int64_t map_lines, int64_t tiles) {
+    if (line == map_line) {
+      g.pieces[pair] = static_cast<int>(divide_up(line * lines, piece));
+      g.total[pair] = tiles * g.pieces[pair];
+    } else {
+      g.per_line[pair] = static_cast<int>(divide_up(line, piece));
+      g.pieces[pair] = static_cast<int>(lines) * g.per_line[pair];
+      g.total[pair] = map_lines * (g.tiles() / tiles) * g.per_line[pair];
+    }
+  };
+  cut(kRows, width, sizes.width, height, sizes.height, g.tiles_down);
+  cut(kColumns, height, sizes.height, width, sizes.width, g.tiles_across);
+  return g;
+}
+
+// Whether a run along a row can be stored in vectors.
+template <typename T>
+bool runs_in_vectors(const Geometry& g, const void* data) {
+  return in_vectors<T>(data, g.height * g.width) && (g.tiles() == 1 || g.width % kRun == 0);
+}
+
+inline std::string does_not_fit(const Ss2dSizes& sizes) {
+  return "The rank " + std::to_string(sizes.rank) + " and the state size " + std::to_string(sizes.state) +
+         " are more than the shared memory of this GPU holds.";
+}
+
+// Rows of x_dbl that a warp stages: all of them if there is room, else as many as there is (two at least).
+template <typename Bytes>
+bool choose_capacity(int& capacity, int& warps, const Ss2dSizes& sizes, size_t available, const Bytes& bytes) {
+  for (; warps > 0; warps /= 2) {
+    for (int64_t rows = sizes.rows(); rows >= 2; rows = rows > 32 ? 32 : rows / 2) {
+      capacity = static_cast<int>(rows);
+      if (bytes(warps, capacity) <= available) return true;
+    }
+  }
+  return false;
+}
+
+template <typename T, bool kAdjoint>
+void run_ss2d_summary(Ss2dSummaryWork& work, const Device& device) {
+  using L = Layout<4>;
+  const auto bytes = [&](int warps, int capacity) {
+    return Ss2dSummaryShared<T, 4, kAdjoint>::layout(nullptr, nullptr, warps, capacity, work.pitch);
+  };
+  int warps = kBlockWarps / 2;
+  if (!choose_capacity(work.capacity, warps, work.sizes, device.shared_bytes, bytes)) throw std::runtime_error(does_not_fit(work.sizes));
+  work.channel_blocks = divide_up(work.sizes.channels, L::kChannels);
+  launch(ss2d_summary_kernel<T, 4, kAdjoint>, work.channel_blocks * work.geometry.tiles() * work.sizes.batch, warps * kWarp,
+         bytes(warps, work.capacity), device, work);
+  const Ss2dSizes& sizes = work.sizes;
+  for (int pair : {kRows, kColumns}) {
+    CarryWork carry{sizes.batch, 2, sizes.channels, sizes.state, work.geometry.total[pair], 2, work.states[pair], work.sums[pair],
+                    work.parameters.A_logs, true, pair, 2, nullptr};
+    launch_carry<T>(carry, device);
+    if (kAdjoint) {
+      carry.down = 1;
+      carry.states = work.adjoints[pair];
+      launch_carry<T>(carry, device);
+    }
+  }
+}
+
+template <typename S>
+void take_pieces(const Ss2dSizes& sizes, const Geometry& g, Scratch& scratch, void* (&pieces)[2], bool per_state) {
+  for (int pair : {kRows, kColumns})
+    pieces[pair] = scratch.take(sizes.batch * 2 * g.total[pair] * sizes.channels * (per_state ? sizes.state : 1), sizeof(S));
+}
+
+// -- forward -----------------------------------------------------------------------------------------------------------
+
+struct Ss2dForwardPlan {
+  Ss2dForwardWork work;
+  int lanes = 4, warps = 1;
+  bool whole = false;
+};
+
+template <typename T, int kLanes, bool kWhole>
+bool plan_ss2d_forward_layout(Ss2dForwardPlan& plan, const Device& device, int64_t positions = 0) {
+  using Shared = Ss2dForwardShared<T, kLanes, kWhole>;
+  using L = Layout<kLanes>;
+  Ss2dForwardWork& work = plan.work;
+  const Ss2dSizes& sizes = work.call.sizes;
+  if (kWhole && sizes.length() > (1 << 20)) return false;
+  work.geometry = kWhole ? whole_map(sizes, L::kPiece) : tiles_of(sizes, L::kPiece, positions);
+  const Geometry& g = work.geometry;
+  work.pitch = static_cast<int>(round_up(static_cast<int64_t>(g.tile_height) * g.tile_width, 16 / sizeof(T)));
+  work.rounds = 1;
+  plan.lanes = kLanes;
+  plan.whole = kWhole;
+  const int most = std::max(g.pieces[0], g.pieces[1]);
+  plan.warps = std::min(kWhole ? kBlockWarps : kBlockWarps / 2, most);
+  if (kWhole) plan.warps = static_cast<int>(divide_up(most, divide_up(most, plan.warps)));  // even shares
+  const auto bytes = [&](int warps, int capacity) {
+    return Shared::layout(nullptr, nullptr, warps, work.rounds, capacity, work.pitch, static_cast<int>(sizes.state));
+  };
+  if (!choose_capacity(work.capacity, plan.warps, sizes, device.shared_bytes, bytes)) return false;
+  // More channels to a block while x_dbl is then read less often, two blocks fit a multiprocessor and there is work for all.
+  while (kWhole && work.rounds < 4 && work.rounds * L::kChannels < sizes.channels) {
+    work.rounds *= 2;
+    if (bytes(plan.warps, work.capacity) > device.shared_bytes / 2 ||
+        sizes.batch * divide_up(sizes.channels, work.rounds * L::kChannels) < kFewBlocks) {
+      work.rounds /= 2;
+      break;
+    }
+  }
+  work.channel_blocks = divide_up(sizes.channels, work.rounds * L::kChannels);
+  return true;
+}
+
+template <typename T>
+Ss2dForwardPlan plan_ss2d_forward(const Ss2dForward& call, const Device& device, Scratch& scratch) {
+  using S = State<T>;
+  check_chunk(call.sizes.chunk);
+  Ss2dForwardPlan plan;
+  Ss2dForwardWork& work = plan.work;
+  work.call = call;
+  work.parameters = {call.dt_weight, call.dt_bias, call.A_logs, call.Ds};
+  if (!plan_ss2d_forward_layout<T, 4, true>(plan, device) && !plan_ss2d_forward_layout<T, 16, true>(plan, device)) {
+    int64_t positions = kTilePositions;
+    while (positions && !plan_ss2d_forward_layout<T, 4, false>(plan, device, positions)) positions /= 2;
+    if (!positions) throw std::runtime_error(does_not_fit(call.sizes));
+    take_pieces<S>(call.sizes, work.geometry, scratch, work.states, true);
+    take_pieces<S>(call.sizes, work.geometry, scratch, work.sums, false);
+  }
+  work.vectors = (call.sizes.out == call.sizes.io ? runs_in_vectors<T>(work.geometry, call.y) : runs_in_vectors<S>(work.geometry, call.y));
+  return plan;
+}
+
+template <typename T, int kLanes, bool kWhole>
+void launch_ss2d_forward(const Ss2dForwardPlan& plan, const Device& device) {
+  const Ss2dForwardWork& work = plan.work;
+  launch(ss2d_forward_kernel<T, kLanes, kWhole>, work.channel_blocks * work.geometry.tiles() * work.call.sizes.batch, plan.warps * kWarp,
+         Ss2dForwardShared<T, kLanes, kWhole>::layout(nullptr, nullptr, plan.warps, work.rounds, work.capacity, work.pitch,
+                                                     static_cast<int>(work.call.sizes.state)),
+         device, work);
+}
+
+template <typename T>
+size_t Ss2dKernels<T>::workspace(const Ss2dForward& call, const Device& device) {
+  Scratch scratch(nullptr);
+  if (call.sizes.channels * call.sizes.length() > 0) plan_ss2d_forward<T>(call, device, scratch);
+  return scratch.used();
+}
+
+template <typename T>
+void Ss2dKernels<T>::run(const Ss2dForward& call, const Device& device, void* workspace) {
+  if (call.sizes.channels * call.sizes.length() == 0) return;
+  Scratch scratch(workspace);
+  const Ss2dForwardPlan plan = plan_ss2d_forward<T>(call, device, scratch);
+  if (plan.whole) {
+    if (plan.lanes == 4) launch_ss2d_forward<T, 4, true>(plan, device);
+    else launch_ss2d_forward<T, 16, true>(plan, device);
+    return;
+  }
+  Ss2dSummaryWork summary;
+  summary.sizes = call.sizes;
+  summary.x = call.x;
+  summary.x_dbl = call.x_dbl;
+  summary.parameters = plan.work.parameters;
+  summary.geometry = plan.work.geometry;
+  summary.pitch = plan.work.pitch;
+  for (int pair : {kRows, kColumns}) {
+    summary.states[pair] = plan.work.states[pair];
+    summary.sums[pair] = plan.work.sums[pair];
+  }
+  run_ss2d_summary<T, false>(summary, device);
+  launch_ss2d_forward<T, 4, false>(plan, device);
+}
+
+// -- backward ----------------------------------------------------------------------------------------------------------
+
+struct Ss2dBackwardPlan {
+  Ss2dBackwardWork work;
+  Ss2dSummaryWork summary;
+  int warps = 1;
+  bool whole = false;
+};
+
+template <typename T, bool kWhole>
+bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int64_t positions = 0) {
+  using L = Layout<4>;
+  Ss2dBackwardWork& work = plan.work;
+  const Ss2dSizes& sizes = work.call.sizes;
+  if (kWhole && sizes.length() > kBlockWarps * L::kPiece) return false;
+  work.geometry = kWhole ? whole_map(sizes, L::kPiece) : tiles_of(sizes, L::kPiece, positions);
+  const Geometry& g = work.geometry;
+  work.pitch = static_cast<int>(round_up(static_cast<int64_t>(g.tile_height) * g.tile_width, 16 / sizeof(T)));
+  plan.whole = kWhole;
+  const int wanted = kWhole ? std::max(g.pieces[0], g.pieces[1]) : kBlockWarps;
+  plan.warps = wanted;
+  const auto bytes = [&](int warps, int capacity) {
+    return Ss2dBackwardShared<T, kWhole>::layout(nullptr, nullptr, warps, capacity, work.pitch, static_cast<int>(sizes.rank),
+                                                 static_cast<int>(sizes.state));
+  };
+  if (!choose_capacity(work.capacity, plan.warps, sizes, device.shared_bytes, bytes)) return false;
+  if (kWhole && plan.warps < wanted) return false;
+  // The channels of a tile are shared out until there is work for the whole GPU; each share costs a slab.
+  const int64_t all = divide_up(sizes.channels, L::kChannels), blocks = std::max<int64_t>(sizes.batch * g.tiles(), 1);
+  work.slabs = std::min(all, divide_up(kFewBlocks, blocks));
+  work.sets = divide_up(all, work.slabs);
+  work.slabs = divide_up(all, work.sets);
+  return true;
+}
+
+template <typename T>
+Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& device, Scratch& scratch) {
+  using S = State<T>;
+  check_chunk(call.sizes.chunk);
+  Ss2dBackwardPlan plan;
+  Ss2dBackwardWork& work = plan.work;
+  const Ss2dSizes& sizes = call.sizes;
+  work.call = call;
+  work.parameters = {call.dt_weight, call.dt_bias, call.A_logs, call.Ds};
+  if (!plan_ss2d_backward_layout<T, true>(plan, device)) {
+    int64_t positions = kTilePositions;
+    while (positions && !plan_ss2d_backward_layout<T, false>(plan, device, positions)) positions /= 2;
+    if (!positions) throw std::runtime_error(does_not_fit(sizes));
+    Ss2dSummaryWork& summary = plan.summary;
+    summary.sizes = sizes;
+    summary.x = call.x;
+    summary.d_y = call.d_y;
+    summary.x_dbl = call.x_dbl;
+    summary.parameters = work.parameters;
+    summary.geometry = work.geometry;
+    summary.pitch = work.pitch;
+    take_pieces<S>(sizes, work.geometry, scratch, summary.states, true);
+    take_pieces<S>(sizes, work.geometry, scratch, summary.adjoints, true);
+    take_pieces<S>(sizes, work.geometry, scratch, summary.sums, false);
+    for (int pair : {kRows, kColumns}) {
+      work.states[pair] = summary.states[pair];
+      work.adjoints[pair] = summary.adjoints[pair];
+    }
+  }
+  const int64_t parts = sizes.batch * work.geometry.tiles();
+  for (int pair : {kRows, kColumns})
+    work.slab[pair] = scratch.take(work.slabs * sizes.batch * 2 * sizes.rows() * work.geometry.total[pair] * Layout<4>::kPiece, sizeof(S));
+  work.part_weight = scratch.take(parts * 4 * sizes.channels * sizes.rank, sizeof(S));
+  work.part_bias = scratch.take(parts * 4 * sizes.channels, sizeof(S));
+  work.part_A = scratch.take(parts * 4 * sizes.channels * sizes.state, sizeof(S));
+  work.part_Ds = scratch.take(parts * sizes.channels, sizeof(S));
+  work.vectors = runs_in_vectors<T>(work.geometry, call.d_x);
+  return plan;
+}
+
+template <typename T>
+size_t Ss2dKernels<T>::workspace(const Ss2dBackward& call, const Device& device) {
+  Scratch scratch(nullptr);
+  if (call.sizes.channels * call.sizes.length() > 0) plan_ss2d_backward<T>(call, device, scratch);
+  return scratch.used();
+}
+
+template <typename T>
+void Ss2dKernels<T>::run(const Ss2dBackward& call, const Device& device, void* workspace) {
+  using S = State<T>;
+  const Ss2dSizes& sizes = call.sizes;
+  const int64_t D = sizes.channels;
+  Ss2dBackwardPlan plan;
+  int64_t parts = 0;
+  if (D * sizes.length() > 0) {
+    Scratch scratch(workspace);
+    plan = plan_ss2d_backward<T>(call, device, scratch);
+    const Ss2dBackwardWork& work = plan.work;
+    const int64_t blocks = work.slabs * work.geometry.tiles() * sizes.batch;
+    const auto bytes = [&](auto shared) {
+      return decltype(shared)::layout(nullptr, nullptr, plan.warps, work.capacity, work.pitch, static_cast<int>(sizes.rank),
+                                      static_cast<int>(sizes.state));
+    };
+    if (plan.whole) {
+      launch(ss2d_backward_kernel<T, true>, blocks, plan.warps * kWarp, bytes(Ss2dBackwardShared<T, true>{}), device, work);
+    } else {
+      run_ss2d_summary<T, true>(plan.summary, device);
+      launch(ss2d_backward_kernel<T, false>, blocks, plan.warps * kWarp, bytes(Ss2dBackwardShared<T, false>{}), device, work);
+    }
+    parts = sizes.batch * work.geometry.tiles();
+  }
+  const Ss2dBackwardWork& work = plan.work;
+  sum_parts<S, S>(work.part_weight, call.d_dt_weight, parts, 4 * D * sizes.rank, device);
+  sum_parts<S, S>(work.part_bias, call.d_dt_bias, parts, 4 * D, device);
+  sum_parts<S, S>(work.part_A, call.d_A_logs, parts, 4 * D * sizes.state, device);
+  for (int k = 0; k < 4; ++k) sum_parts<S, S>(work.part_Ds, static_cast<S*>(call.d_Ds) + k * D, parts, D, device);
+  sum_slabs<T>(work, device);
+}
+
+}  // namespace dass
