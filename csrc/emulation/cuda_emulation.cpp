@@ -197,6 +197,7 @@ const char* name(Wait wait) {
     case Wait::shuffle_down: return "__shfl_down_sync";
     case Wait::shuffle_xor: return "__shfl_xor_sync";
     case Wait::shuffle_index: return "__shfl_sync";
+    case Wait::multiply: return "mma.sync";
     case Wait::warp: return "__syncwarp";
     case Wait::block: return "__syncthreads";
     case Wait::finished: return "the end of the kernel";

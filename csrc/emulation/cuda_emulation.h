@@ -25,14 +25,14 @@ namespace emulation {
 
 constexpr unsigned kWarp = 32;
 
-enum class Wait : uint8_t { nothing, shuffle_up, shuffle_down, shuffle_xor, shuffle_index, warp, block, finished };
+enum class Wait : uint8_t { nothing, shuffle_up, shuffle_down, shuffle_xor, shuffle_index, multiply, warp, block, finished };
 
 // What a fiber can see of itself and of the others in its warp.
 struct Thread {
   dim3 index;
   Wait wait;
-  unsigned turn;     // of the two slots, so that a shuffle needs one barrier and not two
-  uint64_t slot[2];  // the value this thread offers to a shuffle
+  unsigned turn;        // of the two slots, so that a shuffle needs one barrier and not two
+  uint64_t slot[2][4];  // what this thread shares with its warp
 };
 
 struct Grid {
@@ -59,16 +59,30 @@ void launch(void (*kernel)(Parameters...), dim3 size, dim3 block, size_t shared_
 }
 
 template <typename T>
-T exchange(Wait kind, T value, unsigned source, bool inside) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+struct Shared {  // what each lane of the warp brought
+  const Thread* first;
+  unsigned turn;
+
+  T of(unsigned lane) const {
+    T value;
+    std::memcpy(&value, first[lane].slot[turn], sizeof(T));
+    return value;
+  }
+};
+
+template <typename T>
+Shared<T> share(Wait kind, const T& value) {
+  static_assert(sizeof(T) <= sizeof(Thread::slot[0]));
   const unsigned turn = thread->turn ^= 1;
-  std::memcpy(&thread->slot[turn], &value, sizeof(T));
+  std::memcpy(thread->slot[turn], &value, sizeof(T));
   park(kind);
-  if (!inside) return value;
-  const Thread* first = thread - thread->index.x % kWarp;
-  T result;
-  std::memcpy(&result, &first[source].slot[turn], sizeof(T));
-  return result;
+  return {thread - thread->index.x % kWarp, turn};
+}
+
+template <typename T>
+T exchange(Wait kind, T value, unsigned source, bool inside) {
+  const Shared<T> all = share(kind, value);
+  return inside ? all.of(source) : value;
 }
 
 inline unsigned lane() { return thread->index.x % kWarp; }

@@ -5,8 +5,11 @@
 // `run` gets them. Nothing is allocated, nothing waits for the device.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "arguments.h"
-#include "kernels/device.h"
+#include "kernels/types.h"
 
 namespace dass {
 

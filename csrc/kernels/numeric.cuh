@@ -6,12 +6,6 @@
 
 namespace dass {
 
-template <typename T>
-using State = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-constexpr bool kHalf = sizeof(T) == 2;
-
 constexpr double kLog2E = 1.4426950408889634074;
 
 DASS_DEVICE double maximum(double a, double b) { return a < b ? b : a; }  // keeps a NaN in a

@@ -1,26 +1,27 @@
 // The four-direction scan of a map, backward: equations (16) of SCAN.md.
 //
-// The block's shape, the order of the directions and the pieces are those of ss2d_forward.cuh. A block goes through its sets of
-// channels one after the other. In each piece it runs the states forward again, then mu backward, over the same factors. What
-// enters a piece from either side: on a map that is one set of pieces, the warps exchange it; otherwise it comes from the
-// adjoint summary and carry.cuh.
+// The block's shape, the directions and the pieces are those of ss2d_forward.cuh. A block goes through its sets of channels one
+// after the other. In each piece it runs the states forward again, then mu backward, over the same factors; the two channels of
+// a lane one after the other. What enters a piece from either side: on a map that is one set of pieces, the warps exchange it;
+// otherwise it comes from the adjoint summary and carry.cuh.
 //
 // d_x is summed over the directions in shared memory and written once. The gradients of x_dbl are summed over the channels of a
-// set by shuffles, and over the sets in a slab of the block's own, in the order of the scan; those of the parameters over the
+// set within the warp, over the sets in a slab of the block's own, in the order of the scan; those of the parameters over the
 // block's pieces. Slabs and partial results are added up afterwards. No atomics: every order is fixed by the shapes.
 #pragma once
 
+#include "kernels/low_rank_gradients.cuh"
 #include "kernels/ss2d_forward.cuh"
 
 namespace dass {
 
 struct Ss2dBackwardWork {
   Ss2dBackward call;
-  Ss2dParameters parameters{};
+  Ss2dParameters parameters;
   Geometry geometry;
-  int64_t slabs = 0;     // blocks that share the channels of a tile
-  int64_t sets = 0;      // of Layout::kChannels channels, for a block
-  int capacity = 0, pitch = 0;
+  Staging staging;
+  int64_t slabs = 0;  // blocks that share the channels of a tile
+  int64_t sets = 0;   // of Layout::kChannels channels, for a block
   bool vectors = false;
   const void *states[2] = {nullptr, nullptr}, *adjoints[2] = {nullptr, nullptr};  // what enters each piece, as in the summary
   void* slab[2] = {nullptr, nullptr};  // by pair: (slabs, batch, 2, rows, pieces, kPiece)
@@ -28,85 +29,61 @@ struct Ss2dBackwardWork {
   void *part_weight = nullptr, *part_bias = nullptr, *part_A = nullptr, *part_Ds = nullptr;
 };
 
-// Shared memory of a block.
 template <typename T, bool kWhole>
 struct Ss2dBackwardShared {
   using S = State<T>;
   using L = Layout<4>;
-  S *staged;     // (warps, capacity, kPiece)
-  S *d_y;        // (kChannels, pitch)
-  S *d_x;        // (kChannels, pitch)
-  T *x;          // (kChannels, pitch)
-  S *A2;         // (state, kChannels): of the direction at hand
-  S *exchanged;  // (2 buffers, warps, kChannels, 3): factor, sum and adjoint sum of a piece; whole map only
-  S *parameters; // (warps, kChannels, rank + 1 + state + 1): what the warp's pieces add to d_dt_weight, d_dt_bias, d_A, d_Ds
+  S *staged, *weights, *A2;  // as in Ss2dForwardShared
+  S* back_weights;           // LowRankBackWeights
+  S* d_v;                    // (warps, kChannels, LowRankGradients::kPitch)
+  S* d_x;                    // (kChannels, channel_pitch)
+  S* exchanged;              // (2 buffers, warps, kGroups, 4): factor, sum and adjoint sum of a piece; whole map only
+  S* parameters;             // (warps, kChannels, rank + 1 + state + 1): gradients of dt_weight, dt_bias, A and Ds
+  void *x, *d_y;             // MapTile
+  size_t bytes;
 
-  __host__ __device__ static size_t layout(Ss2dBackwardShared* shared, unsigned char* memory, int warps, int capacity, int pitch,
-                                           int rank, int state) {
-    size_t used = 0;
-    const auto take = [&](size_t count, size_t size) {
-      unsigned char* at = memory + used;
-      used += (count * size + 15) / 16 * 16;
-      return at;
-    };
-    Ss2dBackwardShared all;
-    const size_t map = static_cast<size_t>(L::kChannels) * pitch;
-    all.staged = reinterpret_cast<S*>(take(static_cast<size_t>(warps) * capacity * L::kPiece, sizeof(S)));
-    all.d_y = reinterpret_cast<S*>(take(map, sizeof(S)));
-    all.d_x = reinterpret_cast<S*>(take(map, sizeof(S)));
-    all.x = reinterpret_cast<T*>(take(map, sizeof(T)));
-    all.A2 = reinterpret_cast<S*>(take(static_cast<size_t>(state) * L::kChannels, sizeof(S)));
-    all.exchanged = reinterpret_cast<S*>(take(kWhole ? static_cast<size_t>(6) * warps * L::kChannels : 0, sizeof(S)));
-    all.parameters = reinterpret_cast<S*>(take(static_cast<size_t>(warps) * L::kChannels * (rank + state + 2), sizeof(S)));
-    if (shared) *shared = all;
-    return used;
+  __host__ __device__ Ss2dBackwardShared(unsigned char* memory, int warps, const Staging& staging, const Geometry& g, int rank,
+                                         int state, bool wide_gradient) {
+    SharedLayout all(memory);
+    exchanged = all.template take<S>(kWhole ? 8 * warps * L::kGroups : 0);
+    staged = all.template take<S>(static_cast<size_t>(warps) * LowRankRows<T, 4>::words(staging));
+    weights = all.template take<S>(LowRankWeights<T, 4>::words(1, rank));
+    back_weights = all.template take<S>(LowRankBackWeights<T>::words(rank));
+    A2 = all.template take<S>(static_cast<size_t>(state) * L::kChannels);
+    d_v = all.template take<S>(static_cast<size_t>(warps) * L::kChannels * LowRankGradients<T>::kPitch);
+    parameters = all.template take<S>(static_cast<size_t>(warps) * L::kChannels * (rank + state + 2));
+    d_x = all.template take<S>(static_cast<size_t>(L::kChannels) * g.channel_pitch);
+    x = all.template take<unsigned char>(MapTile<T, 4>::bytes(1, g.channel_pitch, false));
+    d_y = all.template take<unsigned char>(MapTile<T, 4>::bytes(1, g.channel_pitch, wide_gradient));
+    bytes = all.used();
   }
 };
 
-// Sums over the eight groups of a warp; afterwards lane (group, place) holds the sum for step `group` of the run at `place`.
-template <typename S>
-DASS_DEVICE S sum_over_groups(const Run<S>& run, int group) {
-  static_assert(Layout<4>::kGroups == kRun);
-  S half[4], quarter[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool upper = group & 4;
-    half[i] = (upper ? run[i + 4] : run[i]) + __shfl_xor_sync(kAllLanes, upper ? run[i] : run[i + 4], 16);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool upper = group & 2;
-    quarter[i] = (upper ? half[i + 2] : half[i]) + __shfl_xor_sync(kAllLanes, upper ? half[i] : half[i + 2], 8);
-  }
-  const bool upper = group & 1;
-  return (upper ? quarter[1] : quarter[0]) + __shfl_xor_sync(kAllLanes, upper ? quarter[0] : quarter[1], 4);
-}
-
-template <typename T, bool kWhole, bool kDown>
-DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2dBackwardShared<T, kWhole>& shared,
-                                         const Order& order, int pair, Ss2dPass pass, int64_t b, int64_t slab, bool first_set,
+template <typename T, bool kWhole, bool kOneState>
+DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2dBackwardShared<T, kWhole>& shared, int k,
+                                         Ss2dPass pass, int64_t b, int64_t tile, int64_t slab, bool first_set,
                                          int64_t first_channel) {
   using S = State<T>;
   using L = Layout<4>;
+  using Rows = LowRankRows<T, 4>;
   const Ss2dSizes& sizes = work.call.sizes;
+  const Order order(work.geometry, k, tile);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const Lanes<L::kLanes, kDown> up{lane % L::kLanes};     // of the states
-  const Lanes<L::kLanes, !kDown> down{lane % L::kLanes};  // of mu
-  const int group = lane / L::kLanes;
-  const int64_t D = sizes.channels, N = sizes.state, k = pair + (kDown ? 2 : 0);
-  const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state);
-  const LowRank& low_rank = work.call.x_dbl;
-  const T* x_dbl = static_cast<const T*>(low_rank.data) + b * low_rank.batch + k * low_rank.direction;
-  S* staged = shared.staged + warp * work.capacity * L::kPiece;
-  const bool all_staged = work.capacity >= rank + 2 * state;
-  const int in_block[2] = {group, L::kGroups + group};
-  const int64_t d[2] = {first_channel + in_block[0], first_channel + in_block[1]};
-  const int per_channel = rank + state + 2;
-  S* parameters[2] = {shared.parameters + (warp * L::kChannels + in_block[0]) * per_channel,
-                      shared.parameters + (warp * L::kChannels + in_block[1]) * per_channel};
+  const Lanes<L::kLanes, false> up{lane % L::kLanes};   // of the states
+  const Lanes<L::kLanes, true> down{lane % L::kLanes};  // of mu
+  const int group = lane / L::kLanes, pair = k % 2, rank = static_cast<int>(sizes.rank);
+  const int state = kOneState ? 1 : static_cast<int>(sizes.state), per_channel = rank + state + 2;
+  const int64_t D = sizes.channels;
+  const bool present[2] = {first_channel + group < D, first_channel + L::kGroups + group < D};
+  const Rows rows(shared.staged + warp * Rows::words(work.staging), work.staging);
+  const LowRankWeights<T, 4> weights{shared.weights};
+  const MapTile<T, 4> x_tile{shared.x, false}, d_y_tile{shared.d_y, sizes.out != sizes.io};
+  S* const d_v = shared.d_v + warp * L::kChannels * LowRankGradients<T>::kPitch;
+  S* const parameters = shared.parameters + warp * L::kChannels * per_channel;
+  const bool low_rank_staged = work.staging.ranks >= rank, states_staged = kOneState || work.staging.states >= state;
+  const T* x_dbl = static_cast<const T*>(work.call.x_dbl.data) + b * work.call.x_dbl.batch + k * work.call.x_dbl.direction;
   const int64_t row_steps = work.geometry.total[pair] * L::kPiece;  // of a row of the slab
-  S* slab_rows = static_cast<S*>(work.slab[pair]) +
-                 ((slab * sizes.batch + b) * 2 + (kDown ? 1 : 0)) * sizes.rows() * row_steps + lane % L::kLanes * kRun + group;
+  S* const slab_rows = static_cast<S*>(work.slab[pair]) + ((slab * sizes.batch + b) * 2 + k / 2) * sizes.rows() * row_steps;
   const int pieces = work.geometry.pieces[pair];
   int buffer = 0;
 
@@ -114,244 +91,165 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
     const bool exists = piece < pieces && order.exists(piece);
     if (!kWhole && !exists) break;
     const Steps steps(order, L::kPiece, piece, up.place * kRun, exists ? kRun : 0);
-    const int64_t number = order.number(piece);
-    const auto add_to_row = [&](int row, S value) {
-      S* at = slab_rows + row * row_steps + number * L::kPiece;
-      if (exists) *at = first_set ? value : *at + value;
+    const typename Rows::Source source(x_dbl, work.call.x_dbl.row, order, exists ? piece : 0);
+    S* const slab_piece = slab_rows + order.number(piece) * L::kPiece;
+    const auto add_to_row = [&](int row, S value, bool first) {  // of the step 8 place + group
+      S* at = slab_piece + row * row_steps + up.place * kRun + group;
+      if (exists) *at = first ? value : *at + value;
     };
-    if (all_staged) stage_rows<T, L::kPiece>(staged, x_dbl, low_rank.row, 0, rank + 2 * state, order, piece);
-    Run<S> dt[2], slope[2], x[2], g[2], sum_B[2], sum_A[2];
-    step_sizes<T, L::kPiece>(dt, slope, staged, work.capacity, all_staged, x_dbl, low_rank.row, order, piece, steps, up.place,
-                             work.parameters, k, D, d, rank);
-    S sum[2] = {0, 0};
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      tile_run<T>(x[c], shared.x + in_block[c] * work.pitch, order, steps);
-      tile_run<S>(g[c], shared.d_y + in_block[c] * work.pitch, order, steps);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        sum[c] += dt[c][i];
-        sum_A[c][i] = sum_B[c][i] = S(0);
-      }
-    }
-    for (int n = 0; n < state; ++n) {
-      const StateRows<T, L::kPiece> rows(staged, work.capacity, all_staged, x_dbl, low_rank.row, order, piece, rank, state, n);
-      Run<S> B, C, a[2], d_B, d_C;
-      staged_run<S>(B, rows.B + up.place * kRun);
-      staged_run<S>(C, rows.C + up.place * kRun);
-      S factor[2], sum_q[2], factor_back[2], sum_r[2], entering[2], leaving[2], A2[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        A2[c] = shared.A2[n * L::kChannels + in_block[c]];
-        S q = 0, r = 0;
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) a[c][i] = exp2_of<T>(dt[c][i] * A2[c]);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const int j = up.step(i), m = down.step(i);
-          q = a[c][j] * q + dt[c][j] * x[c][j] * B[j];
-          r = a[c][m] * (r + C[m] * g[c][m]);
-        }
-        factor[c] = factor_back[c] = exp2_of<T>(sum[c] * A2[c]);
-        sum_q[c] = q;
-        sum_r[c] = r;
-        up.scan(factor[c], sum_q[c]);
-        down.scan(factor_back[c], sum_r[c]);
-      }
-      if constexpr (kWhole) {
-        S* mine = shared.exchanged + (buffer * warps + warp) * L::kChannels * 3;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          S* at = mine + (c * L::kGroups + group) * 3;
-          if (up.last()) at[0] = factor[c], at[1] = sum_q[c];
-          if (down.last()) at[2] = sum_r[c];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const S* all = shared.exchanged + (buffer * warps * L::kChannels + c * L::kGroups + group) * 3;
-          S h = 0, mu = 0;
-          for (int other = 0; other < (kDown ? warps - 1 - warp : warp); ++other) {
-            const S* of = all + (kDown ? warps - 1 - other : other) * L::kChannels * 3;
-            h = of[0] * h + of[1];
-          }
-          for (int other = 0; other < (kDown ? warp : warps - 1 - warp); ++other) {
-            const S* of = all + (kDown ? other : warps - 1 - other) * L::kChannels * 3;
-            mu = of[0] * mu + of[2];
-          }
-          entering[c] = h;
-          leaving[c] = mu;
-        }
-        buffer ^= 1;
-      } else {
-        const int64_t at = (((b * 2 + (kDown ? 1 : 0)) * work.geometry.total[pair] + number) * N + n) * D;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          entering[c] = d[c] < D ? static_cast<const S*>(work.states[pair])[at + d[c]] : S(0);
-          leaving[c] = d[c] < D ? static_cast<const S*>(work.adjoints[pair])[at + d[c]] : S(0);
-        }
-      }
+    if (low_rank_staged) rows.stage_low_rank(source, 0, rank, work.staging);
+    if (states_staged) rows.stage_states(source, 0, rank, state, work.staging);
+    Run<S> v[2], d_B, d_C;  // v becomes its own gradient
+    step_sizes<T, 4>(v, rows, weights, source, work.staging, low_rank_staged, 0, 1, work.parameters, k * D + first_channel + group,
+                     present, rank);
+    if constexpr (kOneState)
 #pragma unroll
       for (int i = 0; i < kRun; ++i) d_B[i] = d_C[i] = S(0);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const S factor_up = up.before(factor[c], 1), sum_up = up.before(sum_q[c], 1);
-        const S factor_down = down.before(factor_back[c], 1), sum_down = down.before(sum_r[c], 1);
-        S h = up.first() ? entering[c] : factor_up * entering[c] + sum_up;
-        S mu = down.first() ? leaving[c] : factor_down * leaving[c] + sum_down;
-        Run<S> ah;
+    for (int c = 0; c < 2; ++c) {
+      const int in_block = c * L::kGroups + group;
+      const int64_t d = first_channel + in_block;
+      S* const channel_parameters = parameters + in_block * per_channel;
+      Run<S> dt, slope, x, g, sum_B, sum_A;
+      x_tile.read_one(x, c, group, work.geometry.channel_pitch, order, steps);
+      d_y_tile.read_one(g, c, group, work.geometry.channel_pitch, order, steps);
+      S sum = 0;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const Softplus<S> soft = softplus<T>(v[c][i]);
+        dt[i] = i < steps.count ? soft.value : S(0);
+        slope[i] = i < steps.count ? soft.slope : S(0);
+        sum += dt[i];
+        sum_B[i] = sum_A[i] = S(0);
+      }
+#pragma unroll 1
+      for (int n = 0; n < state; ++n) {
+        const int staged_row = states_staged ? n : n % work.staging.states;
+        if (!states_staged && staged_row == 0) rows.stage_states(source, n, rank, state, work.staging);
+        Run<S> B, C, a, ah;
+        rows.read_state(B, staged_row, up.place);
+        rows.read_state(C, work.staging.states + staged_row, up.place);
+        if constexpr (!kOneState)
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) d_B[i] = d_C[i] = S(0);
+        const S A2 = shared.A2[n * L::kChannels + in_block];
+        S q = 0, r = 0;
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          const int j = up.step(i);
-          ah[j] = a[c][j] * h;
-          h = ah[j] + dt[c][j] * x[c][j] * B[j];
-          d_C[j] += g[c][j] * h;
+          a[i] = exp2_of<T>(dt[i] * A2);
+          q = a[i] * q + dt[i] * x[i] * B[i];
+        }
+#pragma unroll
+        for (int i = kRun - 1; i >= 0; --i) r = a[i] * (r + C[i] * g[i]);
+        S factor = exp2_of<T>(sum * A2), factor_back = factor, entering, leaving;
+        up.scan(factor, q);
+        down.scan(factor_back, r);
+        if constexpr (kWhole) {
+          S* mine = shared.exchanged + ((buffer * warps + warp) * L::kGroups + group) * 4;
+          if (up.last()) mine[0] = factor, mine[1] = q;
+          if (down.last()) mine[2] = r;
+          __syncthreads();
+          const S* all = shared.exchanged + (buffer * warps * L::kGroups + group) * 4;
+          entering = leaving = S(0);
+          for (int other = 0; other < warp; ++other) entering = all[other * L::kGroups * 4] * entering + all[other * L::kGroups * 4 + 1];
+          for (int other = warps - 1; other > warp; --other) leaving = all[other * L::kGroups * 4] * leaving + all[other * L::kGroups * 4 + 2];
+          buffer ^= 1;
+        } else {
+          const int64_t at = (((b * 2 + k / 2) * work.geometry.total[pair] + order.number(piece)) * state + n) * D + d;
+          entering = present[c] ? static_cast<const S*>(work.states[pair])[at] : S(0);
+          leaving = present[c] ? static_cast<const S*>(work.adjoints[pair])[at] : S(0);
+        }
+        const S factor_up = up.before(factor, 1), sum_up = up.before(q, 1);
+        const S factor_down = down.before(factor_back, 1), sum_down = down.before(r, 1);
+        S h = up.first() ? entering : factor_up * entering + sum_up;
+        S mu = down.first() ? leaving : factor_down * leaving + sum_down;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          ah[i] = a[i] * h;
+          h = ah[i] + dt[i] * x[i] * B[i];
+          d_C[i] += g[i] * h;
         }
         S d_A = 0;
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          const int j = down.step(i);
-          const S lambda = mu + C[j] * g[c][j];
-          mu = a[c][j] * lambda;
-          const S product = lambda * ah[j];
-          sum_B[c][j] += lambda * B[j];
-          sum_A[c][j] += A2[c] * product;
-          d_A += dt[c][j] * product;
-          d_B[j] += lambda * dt[c][j] * x[c][j];
+        for (int i = kRun - 1; i >= 0; --i) {
+          const S lambda = mu + C[i] * g[i];
+          mu = a[i] * lambda;
+          const S product = lambda * ah[i];
+          sum_B[i] += lambda * B[i];
+          sum_A[i] += A2 * product;
+          d_A += dt[i] * product;
+          d_B[i] += lambda * dt[i] * x[i];
         }
         d_A = sum_over<L::kLanes>(d_A);
-        if (up.place == 0) parameters[c][rank + 1 + n] += d_A;
+        if (up.place == 0) channel_parameters[rank + 1 + n] += d_A;
+        if constexpr (!kOneState) {
+          add_to_row(rank + n, sum_over_groups(d_B, group), first_set && c == 0);
+          add_to_row(rank + state + n, sum_over_groups(d_C, group), first_set && c == 0);
+        }
       }
-      add_to_row(rank + n, sum_over_groups(d_B, group));
-      add_to_row(rank + state + n, sum_over_groups(d_C, group));
-    }
-    // d_x, and d_v in the place of the slope.
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      S skip = 0, d_bias = 0, d_Ds = 0;
-      if (pass == Ss2dPass::last && d[c] < D)
-        for (int other = 0; other < 4; ++other) skip += static_cast<const S*>(work.parameters.Ds)[other * D + d[c]];
-      Run<S> d_x;
+      S d_bias = 0, d_Ds = 0;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        d_x[i] = skip * g[c][i] + dt[c][i] * sum_B[c][i];
-        slope[c][i] = i < steps.count ? slope[c][i] * (S(1 / kLog2E) * sum_A[c][i] + x[c][i] * sum_B[c][i]) : S(0);
-        d_bias += slope[c][i];
-        d_Ds += g[c][i] * x[c][i];
+        v[c][i] = slope[i] * (S(1 / kLog2E) * sum_A[i] + x[i] * sum_B[i]);
+        d_bias += v[c][i];
+        d_Ds += g[i] * x[i];
+        sum_B[i] *= dt[i];  // now d_x
       }
-      S* d_x_tile = shared.d_x + in_block[c] * work.pitch;
-      if (pass != Ss2dPass::first) steps.each(order, [&](int i, int at) { d_x[i] += d_x_tile[at]; });
-      if (pass != Ss2dPass::last) {
-        steps.each(order, [&](int i, int at) { d_x_tile[at] = d_x[i]; });
-      } else if (d[c] < D) {  // along rows: consecutive places of the map
-        store_run<T>(static_cast<T*>(work.call.d_x) + (b * D + d[c]) * sizes.length() + steps.map_position(order), d_x, steps.count,
-                     work.vectors);
+      S* d_x_tile = shared.d_x + in_block * work.geometry.channel_pitch;
+      if (pass == Ss2dPass::first) {
+        steps.each(order, [&](int i, int at) { d_x_tile[at] = sum_B[i]; });
+      } else if (pass == Ss2dPass::add) {
+        steps.each(order, [&](int i, int at) { d_x_tile[at] += sum_B[i]; });
+      } else {  // one skip coefficient serves the four directions; along a row the steps are neighbours in the map
+        steps.each(order, [&](int i, int at) { sum_B[i] += d_x_tile[at]; });
+        d_Ds = sum_over<L::kLanes>(d_Ds);
+        if (up.place == 0) channel_parameters[rank + 1 + state] += d_Ds;
+        if (present[c]) {
+          const S* Ds = static_cast<const S*>(work.parameters.Ds) + d;
+          const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) sum_B[i] += skip * g[i];
+          store_run<T>(static_cast<T*>(work.call.d_x) + (b * D + d) * sizes.length() + steps.map_position(order), sum_B, steps.count,
+                       work.vectors);
+        }
       }
       d_bias = sum_over<L::kLanes>(d_bias);
-      d_Ds = sum_over<L::kLanes>(d_Ds);
-      if (up.place == 0) {
-        parameters[c][rank] += d_bias;
-        if (pass == Ss2dPass::last) parameters[c][rank + 1 + state] += d_Ds;
-      }
+      if (up.place == 0) channel_parameters[rank] += d_bias;
     }
-    const S* weight = static_cast<const S*>(work.parameters.dt_weight) + k * D * rank;
-    for (int first = 0; first < rank; first += work.capacity) {
-      const int count = rank - first < work.capacity ? rank - first : work.capacity;
-      if (!all_staged) stage_rows<T, L::kPiece>(staged, x_dbl, low_rank.row, first, count, order, piece);
-      for (int r = 0; r < count; ++r) {
-        Run<S> at_steps, d_low_rank;
-        staged_run<S>(at_steps, staged + r * L::kPiece + up.place * kRun);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) d_low_rank[i] = S(0);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const S w = d[c] < D ? weight[d[c] * rank + first + r] : S(0);
-          S d_weight = 0;
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            d_low_rank[i] += w * slope[c][i];
-            d_weight += slope[c][i] * at_steps[i];
-          }
-          d_weight = sum_over<L::kLanes>(d_weight);
-          if (up.place == 0) parameters[c][first + r] += d_weight;
-        }
-        add_to_row(first + r, sum_over_groups(d_low_rank, group));
-      }
+    if constexpr (kOneState) {
+      add_to_row(rank, sum_over_groups(d_B, group), first_set);
+      add_to_row(rank + 1, sum_over_groups(d_C, group), first_set);
     }
+    const LowRankGradients<T> gradients{d_v, parameters, per_channel};
+    gradients.share(v);
+    for (int first = 0; first < rank; first += work.staging.ranks) {
+      if (!low_rank_staged) rows.stage_low_rank(source, first, rank, work.staging);
+      gradients.add_to_weights(v, rows, first, first + work.staging.ranks < rank ? first + work.staging.ranks : rank);
+    }
+    gradients.each_row(v, LowRankBackWeights<T>{shared.back_weights}, rank, [&](int r, int step, const auto& sums) {
+      S* at = slab_piece + r * row_steps + step;
+      if (!exists) return;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(sums) / sizeof(S)); ++i) at[i] = first_set ? sums[i] : at[i] + sums[i];
+    });
   }
 }
 
-template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_backward_kernel(const Ss2dBackwardWork work) {
-  using S = State<T>;
-  using L = Layout<4>;
-  const Ss2dSizes& sizes = work.call.sizes;
-  const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state), per_channel = rank + state + 2;
-  const int warps = blockDim.x / kWarp;
-  int64_t index = blockIdx.x;
-  const int64_t slab = index % work.slabs;
-  index /= work.slabs;
-  const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles(), D = sizes.channels;
-  const int64_t part = b * work.geometry.tiles() + tile;
-  Ss2dBackwardShared<T, kWhole> shared;
-  shared.layout(&shared, shared_memory<unsigned char>(), warps, work.capacity, work.pitch, rank, state);
-
-  for (int64_t set = 0; set < work.sets; ++set) {
-    const int64_t first_channel = (slab * work.sets + set) * L::kChannels;
-    const int present = static_cast<int>(first_channel >= D                    ? 0
-                                         : D - first_channel < L::kChannels ? D - first_channel
-                                                                            : L::kChannels);
-    const Order rows(work.geometry, kRows, tile);
-    __syncthreads();
-    load_map_tile<T>(shared.x, work.pitch, L::kChannels, present, work.call.x, b, first_channel, work.geometry, rows, false);
-    load_map_tile<T>(shared.d_y, work.pitch, L::kChannels, present, work.call.d_y, b, first_channel, work.geometry, rows,
-                     sizes.out != sizes.io);
-    for (int turn = 0; turn < 4; ++turn) {
-      const int pair = turn < 2 ? kColumns : kRows;
-      const bool reversed = turn % 2;
-      const int64_t k = pair + 2 * reversed;
-      __syncthreads();
-      for (int i = threadIdx.x; i < warps * L::kChannels * per_channel; i += blockDim.x) shared.parameters[i] = S(0);
-      for (int i = threadIdx.x; i < state * L::kChannels; i += blockDim.x) {
-        const int64_t d = first_channel + i % L::kChannels, n = i / L::kChannels;
-        shared.A2[i] = i % L::kChannels < present
-                           ? base2_factor<T>(static_cast<const S*>(work.parameters.A_logs)[(k * D + d) * sizes.state + n], true)
-                           : S(0);
-      }
-      __syncthreads();
-      const Order order(work.geometry, pair, tile);
-      const Ss2dPass pass = turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last;
-      if (reversed) ss2d_backward_direction<T, kWhole, true>(work, shared, order, pair, pass, b, slab, set == 0, first_channel);
-      else ss2d_backward_direction<T, kWhole, false>(work, shared, order, pair, pass, b, slab, set == 0, first_channel);
-      __syncthreads();
-      for (int i = threadIdx.x; i < present * per_channel; i += blockDim.x) {
-        const int c = i / per_channel, what = i % per_channel;
-        const int64_t d = first_channel + c;
-        S sum = 0;
-        for (int warp = 0; warp < warps; ++warp) sum += shared.parameters[(warp * L::kChannels + c) * per_channel + what];
-        if (what < rank) static_cast<S*>(work.part_weight)[((part * 4 + k) * D + d) * rank + what] = sum;
-        else if (what == rank) static_cast<S*>(work.part_bias)[(part * 4 + k) * D + d] = sum;
-        else if (what <= rank + state)  // d_A_logs = A d_A; A2 is A log2(e)
-          static_cast<S*>(work.part_A)[((part * 4 + k) * D + d) * state + what - rank - 1] =
-              sum * shared.A2[(what - rank - 1) * L::kChannels + c] * S(1 / kLog2E);
-        else if (turn == 3) static_cast<S*>(work.part_Ds)[part * D + d] = sum;
-      }
-    }
-  }
-}
-
-// Where a position of the map stands in a row of the slab. `along` and `across` are its coordinates along and across the lines
-// of the order, and in this order the other sizes too.
-DASS_DEVICE int64_t slab_step(const Geometry& g, int pair, int64_t along, int64_t across, int64_t tile_along, int64_t tile_across,
-                              int64_t tiles_along) {
-  const int64_t piece = Layout<4>::kPiece;
-  if (g.per_line[pair])
-    return ((across * tiles_along + along / tile_along) * g.per_line[pair]) * piece + along % tile_along;
-  return across / tile_across * g.pieces[pair] * piece + across % tile_across * tile_along + along;
-}
-DASS_DEVICE int64_t slab_step(const Geometry& g, int pair, int64_t row, int64_t column) {
-  return pair == kRows ? slab_step(g, pair, column, row, g.tile_width, g.tile_height, g.tiles_across)
-                       : slab_step(g, pair, row, column, g.tile_height, g.tile_width, g.tiles_down);
+// Where a position of the map stands in a row of the slab of direction k: `along` and `across` the lines of its order.
+DASS_DEVICE int64_t slab_step(const Geometry& g, int k, int64_t row, int64_t column) {
+  const bool rows = k % 2 == kRows, reversed = k >= 2;
+  const int64_t piece = Layout<4>::kPiece, along = rows ? column : row, across = rows ? row : column;
+  const int64_t all_along = rows ? g.width : g.height, all_across = rows ? g.height : g.width;
+  const int64_t tile_along = rows ? g.tile_width : g.tile_height, tile_across = rows ? g.tile_height : g.tile_width;
+  const int64_t tiles_along = rows ? g.tiles_across : g.tiles_down, tiles_over = rows ? g.tiles_down : g.tiles_across;
+  const auto within = [&](int64_t at, int64_t tile, int64_t all) {  // its tile, counted in the order of the scan
+    const int64_t start = at / tile * tile, size = all - start < tile ? all - start : tile;
+    return reversed ? size - 1 - (at - start) : at - start;
+  };
+  const int64_t t = along / tile_along, o = across / tile_across, step = within(along, tile_along, all_along);
+  if (g.per_line[k % 2])
+    return ((reversed ? all_across - 1 - across : across) * tiles_along + (reversed ? tiles_along - 1 - t : t)) * g.per_line[k % 2] * piece + step;
+  return (reversed ? tiles_over - 1 - o : o) * g.pieces[k % 2] * piece + within(across, tile_across, all_across) * all_along + step;
 }
 
 constexpr int kSlabThreads = 256;
@@ -373,7 +271,7 @@ __global__ void __launch_bounds__(kSlabThreads) ss2d_sum_slabs_kernel(const Ss2d
   const int pair = k % 2;
   const int64_t steps = g.total[pair] * Layout<4>::kPiece;
   const S* from = static_cast<const S*>(work.slab[pair]) + ((b * 2 + k / 2) * sizes.rows() + row) * steps +
-                  slab_step(g, pair, position / g.width, position % g.width);
+                  slab_step(g, static_cast<int>(k), position / g.width, position % g.width);
   S sum = 0;
   for (int64_t slab = 0; slab < work.slabs; ++slab) sum += from[slab * sizes.batch * 2 * sizes.rows() * steps];
   *out = static_cast<T>(sum);
@@ -384,6 +282,60 @@ void sum_slabs(const Ss2dBackwardWork& work, const Device& device) {
   const Ss2dSizes& sizes = work.call.sizes;
   const int64_t count = sizes.batch * 4 * sizes.rows() * sizes.length();
   launch(ss2d_sum_slabs_kernel<T>, (count + kSlabThreads - 1) / kSlabThreads, kSlabThreads, 0, device, work);
+}
+
+template <typename T, bool kWhole, bool kOneState>
+__global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_backward_kernel(const Ss2dBackwardWork work) {
+  using S = State<T>;
+  using L = Layout<4>;
+  const Ss2dSizes& sizes = work.call.sizes;
+  const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state), per_channel = rank + state + 2;
+  const int warps = blockDim.x / kWarp;
+  int64_t index = blockIdx.x;
+  const int64_t slab = index % work.slabs;
+  index /= work.slabs;
+  const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles(), D = sizes.channels;
+  const int64_t part = b * work.geometry.tiles() + tile;
+  const bool wide = sizes.out != sizes.io;
+  const Ss2dBackwardShared<T, kWhole> shared(shared_memory<unsigned char>(), warps, work.staging, work.geometry, rank, state, wide);
+
+  for (int64_t set = 0; set < work.sets; ++set) {
+    const int64_t first_channel = (slab * work.sets + set) * L::kChannels;
+    if (first_channel >= D && set > 0) break;
+    const int present = static_cast<int>(first_channel >= D                    ? 0
+                                         : D - first_channel < L::kChannels ? D - first_channel
+                                                                            : L::kChannels);
+    __syncthreads();
+    const Order rows(work.geometry, 0, tile);
+    MapTile<T, 4>{shared.x, false}.load(work.call.x, b, first_channel, present, 1, work.geometry, rows);
+    MapTile<T, 4>{shared.d_y, wide}.load(work.call.d_y, b, first_channel, present, 1, work.geometry, rows);
+#pragma unroll 1
+    for (int turn = 0; turn < 4; ++turn) {
+      const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn;  // 1, 3, 2, 0
+      __syncthreads();
+      load_factors<T>(shared.A2, work.parameters.A_logs, k * D + first_channel, present, L::kChannels, state);
+      LowRankWeights<T, 4>{shared.weights}.load(work.parameters.dt_weight, k * D + first_channel, present, 1, rank);
+      LowRankBackWeights<T>{shared.back_weights}.load(work.parameters.dt_weight, k * D + first_channel, present, rank);
+      for (int i = threadIdx.x; i < warps * L::kChannels * per_channel; i += blockDim.x) shared.parameters[i] = S(0);
+      __syncthreads();
+      ss2d_backward_direction<T, kWhole, kOneState>(
+          work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, tile, slab, set == 0,
+          first_channel);
+      __syncthreads();
+      for (int i = threadIdx.x; i < present * per_channel; i += blockDim.x) {
+        const int c = i / per_channel, what = i % per_channel;
+        const int64_t d = first_channel + c;
+        S sum = 0;
+        for (int warp = 0; warp < warps; ++warp) sum += shared.parameters[(warp * L::kChannels + c) * per_channel + what];
+        if (what < rank) static_cast<S*>(work.part_weight)[((part * 4 + k) * D + d) * rank + what] = sum;
+        else if (what == rank) static_cast<S*>(work.part_bias)[(part * 4 + k) * D + d] = sum;
+        else if (what <= rank + state)  // d_A_logs = A d_A; A2 is A log2(e)
+          static_cast<S*>(work.part_A)[((part * 4 + k) * D + d) * state + what - rank - 1] =
+              sum * shared.A2[(what - rank - 1) * L::kChannels + c] * S(1 / kLog2E);
+        else if (turn == 3) static_cast<S*>(work.part_Ds)[part * D + d] = sum;
+      }
+    }
+  }
 }
 
 }  // namespace dass

@@ -1,119 +1,171 @@
 // The four-direction scan of a map, forward: equations (13) to (15) of SCAN.md, delta in registers only, y written once.
 //
 // A thread block owns some channels of one clip and either the whole map or a tile of it. x lies in shared memory for all four
-// directions, the sum of their outputs beside it. Directions run in the order 1, 3, 0, 2: columns first, so that the last one
-// walks along rows and writes y out as it goes. A piece (ss2d_block.cuh) belongs to the same warp and its steps to the same
-// lanes in both directions of a pair, so only the change from columns to rows needs a barrier for y.
+// directions, the sum of their outputs beside it. The last direction is 0, along rows: it writes y out as it goes.
 //
 // Whole map: warps take consecutive pieces; they exchange what the pieces do to a state, one barrier for each state, and the
-// last warp hands on what enters the next group of pieces. Tile: what enters each piece comes from a summary pass and carry.cuh.
+// last warp hands on what enters the next set of pieces. Tile: what enters each piece comes from a summary pass and carry.cuh.
 #pragma once
 
-#include "kernels/ss2d_block.cuh"
+#include "kernels/low_rank.cuh"
 
 namespace dass {
 
 struct Ss2dForwardWork {
   Ss2dForward call;
-  Ss2dParameters parameters{};
+  Ss2dParameters parameters;
   Geometry geometry;
+  Staging staging;
   int64_t channel_blocks = 0;
-  int rounds = 1;        // sets of Layout::kChannels channels that a block holds
-  int capacity = 0;      // rows of x_dbl that a warp can stage
-  int pitch = 0;         // of a channel in shared memory
+  int rounds = 1;  // sets of Layout::kChannels channels that a block holds
   bool vectors = false;
   void* states[2] = {nullptr, nullptr};  // by pair: (batch, 2, pieces, state, channels): of the summary, then what enters
   void* sums[2] = {nullptr, nullptr};    // (batch, 2, pieces, channels)
 };
 
-// Shared memory of a block: A2, exchanged, carry, y, staged (of state dtype), then x.
+// Pieces of shared memory, handed out in turn.
+class SharedLayout {
+ public:
+  __host__ __device__ explicit SharedLayout(unsigned char* memory) : memory_(memory) {}
+  template <typename S>
+  __host__ __device__ S* take(size_t count) {
+    S* at = reinterpret_cast<S*>(memory_ + used_);
+    used_ += (count * sizeof(S) + 15) / 16 * 16;
+    return at;
+  }
+  __host__ __device__ size_t used() const { return used_; }
+
+ private:
+  unsigned char* memory_;
+  size_t used_ = 0;
+};
+
 template <typename T, int kLanes, bool kWhole>
 struct Ss2dForwardShared {
   using S = State<T>;
   using L = Layout<kLanes>;
-  S *A2;         // (state, channels): of the direction at hand
-  S *exchanged;  // (2 buffers, warps, kChannels, 2): factor and sum of a piece; whole map only
-  S *carry;      // (2 buffers, rounds, state, kChannels); whole map only
-  S *y;          // (channels, pitch)
-  S *staged;     // (warps, capacity, kPiece)
-  T *x;          // (channels, pitch)
+  S* staged;     // of each warp: LowRankRows
+  S* weights;    // LowRankWeights of the direction at hand
+  S* A2;         // (state, channels): A log2(e) of the direction at hand
+  S* y;          // (channels, channel_pitch)
+  S* exchanged;  // (2 buffers, warps, kGroups, 2 channels, factor and sum) of a piece; whole map only
+  S* carry;      // (2 buffers, rounds, state, kChannels); whole map only
+  void* x;       // MapTile
+  size_t bytes;
 
-  __host__ __device__ static size_t layout(Ss2dForwardShared* shared, unsigned char* memory, int warps, int rounds, int capacity,
-                                           int pitch, int state) {
-    const int channels = rounds * L::kChannels;
-    size_t used = 0;
-    const auto take = [&](size_t count, size_t size) {
-      unsigned char* at = memory + used;
-      used += (count * size + 15) / 16 * 16;
-      return at;
-    };
-    Ss2dForwardShared all;
-    all.staged = reinterpret_cast<S*>(take(static_cast<size_t>(warps) * capacity * L::kPiece, sizeof(S)));
-    all.y = reinterpret_cast<S*>(take(static_cast<size_t>(channels) * pitch, sizeof(S)));
-    all.x = reinterpret_cast<T*>(take(static_cast<size_t>(channels) * pitch, sizeof(T)));
-    all.A2 = reinterpret_cast<S*>(take(static_cast<size_t>(state) * channels, sizeof(S)));
-    all.exchanged = reinterpret_cast<S*>(take(kWhole ? static_cast<size_t>(4) * warps * L::kChannels : 0, sizeof(S)));
-    all.carry = reinterpret_cast<S*>(take(kWhole ? static_cast<size_t>(2) * rounds * state * L::kChannels : 0, sizeof(S)));
-    if (shared) *shared = all;
-    return used;
+  __host__ __device__ Ss2dForwardShared(unsigned char* memory, int warps, int rounds, const Staging& staging, const Geometry& g,
+                                        int rank, int state) {
+    const size_t channels = static_cast<size_t>(rounds) * L::kChannels;
+    SharedLayout all(memory);
+    exchanged = all.template take<S>(kWhole ? 4 * warps * L::kChannels : 0);
+    staged = all.template take<S>(static_cast<size_t>(warps) * LowRankRows<T, kLanes>::words(staging));
+    weights = all.template take<S>(LowRankWeights<T, kLanes>::words(rounds, rank));
+    A2 = all.template take<S>(state * channels);
+    carry = all.template take<S>(kWhole ? 2 * state * channels : 0);
+    y = all.template take<S>(channels * g.channel_pitch);
+    x = all.template take<unsigned char>(MapTile<T, kLanes>::bytes(rounds, g.channel_pitch, false));
+    bytes = all.used();
   }
 };
 
-enum class Ss2dPass { first, add, last };  // of the four directions: sets y, adds to it, writes it out
+enum class Ss2dPass { first, add, last };  // of the four directions: sets the sum, adds to it, writes it out
 
-template <typename T, int kLanes, bool kWhole, bool kDown>
-DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dForwardShared<T, kLanes, kWhole>& shared,
-                                        const Order& order, int pair, Ss2dPass pass, int64_t b, int64_t first_channel) {
+// A log2(e) of the block's channels in direction k: (state, channels).
+template <typename T>
+DASS_DEVICE void load_factors(State<T>* A2, const void* A_logs, int64_t first_row, int present, int channels, int state) {
+  for (int i = threadIdx.x; i < state * channels; i += blockDim.x) {
+    const int c = i % channels, n = i / channels;
+    A2[i] = c < present ? base2_factor<T>(static_cast<const State<T>*>(A_logs)[(first_row + c) * state + n], true) : State<T>(0);
+  }
+}
+
+// Equation (13): dt (0 at steps that do not exist) and the slope of the softplus, in the place of v.
+template <typename T, int kLanes>
+DASS_DEVICE void step_sizes(Run<State<T>> (&v)[2], const LowRankRows<T, kLanes>& rows, const LowRankWeights<T, kLanes>& weights,
+                            const typename LowRankRows<T, kLanes>::Source& source, const Staging& staging, bool staged,
+                            int round, int rounds, const Ss2dParameters& parameters, int64_t row, const bool (&present)[2],
+                            int rank) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const State<T> bias = present[c] ? static_cast<const State<T>*>(parameters.dt_bias)[row + c * Layout<kLanes>::kGroups] : State<T>(0);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) v[c][i] = bias;
+  }
+  for (int first = 0; first < rank; first += staging.ranks) {
+    if (!staged) rows.stage_low_rank(source, first, rank, staging);
+    weights.add_product(v, rows, round, rounds, first, first + staging.ranks < rank ? first + staging.ranks : rank, rank);
+  }
+}
+
+// Boundary states that enter steps of a run: `states` are those of one channel and state, `stride` apart; h enters the run, whose
+// steps stand at place, place + sign, ... of the unreversed sequence.
+template <typename S>
+DASS_DEVICE void save_states(S* states, int64_t stride, S h, const Run<S>& a, const Run<S>& w, int count, int64_t place, int sign,
+                             int64_t length) {
+  // A chunk is entered at its first place, walking up, or at its last, walking down: where `mark` is a multiple, or the end.
+  const int64_t mark = sign > 0 ? place : place + 1, lowest = sign > 0 ? mark : mark - count + 1;
+  if ((lowest + count - 1) / kSaveEvery * kSaveEvery < lowest && mark != length) return;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    const int64_t here = mark + sign * i;
+    if (i < count && (here % kSaveEvery == 0 || (sign < 0 && here == length))) states[(place + sign * i) / kSaveEvery * stride] = h;
+    h = a[i] * h + w[i];
+  }
+}
+
+template <typename T, int kLanes, bool kWhole, bool kOneState>
+DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dForwardShared<T, kLanes, kWhole>& shared, int k,
+                                        Ss2dPass pass, int64_t b, int64_t tile, int64_t first_channel) {
   using S = State<T>;
   using L = Layout<kLanes>;
+  using Rows = LowRankRows<T, kLanes>;
   const Ss2dSizes& sizes = work.call.sizes;
+  const Order order(work.geometry, k, tile);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const Lanes<kLanes, kDown> lanes{lane % kLanes};
-  const int group = lane / kLanes;
-  const int64_t D = sizes.channels, N = sizes.state, k = pair + (kDown ? 2 : 0), row = b * 4 + k;
-  const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state), channels = work.rounds * L::kChannels;
-  const LowRank& low_rank = work.call.x_dbl;
-  const T* x_dbl = static_cast<const T*>(low_rank.data) + b * low_rank.batch + k * low_rank.direction;
-  S* staged = shared.staged + warp * work.capacity * L::kPiece;
-  const bool all_staged = work.capacity >= rank + 2 * state;
+  const Lanes<kLanes, false> lanes{lane % kLanes};
+  const int group = lane / kLanes, pair = k % 2, rank = static_cast<int>(sizes.rank);
+  const int state = kOneState ? 1 : static_cast<int>(sizes.state), channels = work.rounds * L::kChannels;
+  const int64_t D = sizes.channels;
+  const Rows rows(shared.staged + warp * Rows::words(work.staging), work.staging);
+  const LowRankWeights<T, kLanes> weights{shared.weights};
+  const MapTile<T, kLanes> x_tile{shared.x, false};
+  const bool low_rank_staged = work.staging.ranks >= rank, states_staged = kOneState || work.staging.states >= state;
+  const T* x_dbl = static_cast<const T*>(work.call.x_dbl.data) + b * work.call.x_dbl.batch + k * work.call.x_dbl.direction;
   const int pieces = work.geometry.pieces[pair], sets = (pieces + warps - 1) / warps;
   int buffer = 0;
 
   for (int s = 0; s < sets; ++s) {
-    const int piece = (kDown ? sets - 1 - s : s) * warps + warp;
+    const int piece = s * warps + warp;
     const bool exists = piece < pieces && order.exists(piece);
     if (!kWhole && !exists) continue;
     const Steps steps(order, L::kPiece, piece, lanes.place * kRun, exists ? kRun : 0);
-    const int64_t place = steps.place(order);
-    if (all_staged) stage_rows<T, L::kPiece>(staged, x_dbl, low_rank.row, 0, rank + 2 * state, order, piece);
+    const typename Rows::Source source(x_dbl, work.call.x_dbl.row, order, exists ? piece : 0);
+    if (low_rank_staged) rows.stage_low_rank(source, 0, rank, work.staging);
+    if (states_staged) rows.stage_states(source, 0, rank, state, work.staging);
     for (int round = 0; round < work.rounds; ++round) {
       const int in_block[2] = {round * L::kChannels + group, round * L::kChannels + L::kGroups + group};
-      const int64_t d[2] = {first_channel + in_block[0], first_channel + in_block[1]};
-      Run<S> dt[2], slope[2], dtx[2], y[2];
-      step_sizes<T, L::kPiece>(dt, slope, staged, work.capacity, all_staged, x_dbl, low_rank.row, order, piece, steps,
-                               lanes.place, work.parameters, k, D, d, rank);
+      const bool present[2] = {first_channel + in_block[0] < D, first_channel + in_block[1] < D};
+      const int64_t row = (b * 4 + k) * D + first_channel + in_block[0];  // of the lane's first channel
+      Run<S> dt[2], dtx[2], y[2];
+      step_sizes<T, kLanes>(dt, rows, weights, source, work.staging, low_rank_staged, round, work.rounds, work.parameters,
+                            k * D + first_channel + in_block[0], present, rank);
+      x_tile.read(dtx, round, group, work.geometry.channel_pitch, order, steps);
       S sum[2] = {0, 0};
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        tile_run<T>(dtx[c], shared.x + in_block[c] * work.pitch, order, steps);
-        S skip = 0;
-        if (pass == Ss2dPass::last && d[c] < D)  // one coefficient serves the four directions
-          for (int other = 0; other < 4; ++other) skip += static_cast<const S*>(work.parameters.Ds)[other * D + d[c]];
+      for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          y[c][i] = skip * dtx[c][i];
+          dt[c][i] = i < steps.count ? softplus<T>(dt[c][i]).value : S(0);
           dtx[c][i] *= dt[c][i];
           sum[c] += dt[c][i];
+          y[c][i] = S(0);
         }
-      }
-      // Which of the steps a saved state enters.
-      const bool saves = sizes.chunks && steps.count &&
-                         (kDown ? place / kSaveEvery != (place + steps.count) / kSaveEvery || place + steps.count == sizes.length()
-                                : (place + kSaveEvery - 1) / kSaveEvery * kSaveEvery < place + steps.count);
+#pragma unroll 1
       for (int n = 0; n < state; ++n) {
-        const StateRows<T, L::kPiece> rows(staged, work.capacity, all_staged, x_dbl, low_rank.row, order, piece, rank, state, n);
+        const int staged_row = states_staged ? n : n % work.staging.states;
+        if (!states_staged && staged_row == 0) rows.stage_states(source, n, rank, state, work.staging);
         Run<S> B, a[2], w[2];
-        staged_run<S>(B, rows.B + lanes.place * kRun);
+        rows.read_state(B, staged_row, lanes.place);
         S factor[2], sum_q[2], entering[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -123,78 +175,78 @@ DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dF
           for (int i = 0; i < kRun; ++i) {
             a[c][i] = exp2_of<T>(dt[c][i] * A2);
             w[c][i] = dtx[c][i] * B[i];
+            q = a[c][i] * q + w[c][i];
           }
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) q = a[c][lanes.step(i)] * q + w[c][lanes.step(i)];
           factor[c] = exp2_of<T>(sum[c] * A2);
           sum_q[c] = q;
           lanes.scan(factor[c], sum_q[c]);
         }
         if constexpr (kWhole) {
-          S* mine = shared.exchanged + (buffer * warps + warp) * L::kChannels * 2;
-          if (lanes.last()) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              mine[(c * L::kGroups + group) * 2] = factor[c];
-              mine[(c * L::kGroups + group) * 2 + 1] = sum_q[c];
+          S* mine = shared.exchanged + ((buffer * warps + warp) * L::kGroups + group) * 4;
+          if (lanes.last()) mine[0] = factor[0], mine[1] = sum_q[0], mine[2] = factor[1], mine[3] = sum_q[1];
+          __syncthreads();
+          const int at = (round * state + n) * L::kChannels + group, one_buffer = work.rounds * state * L::kChannels;
+          const S* carry = shared.carry + (s & 1) * one_buffer + at;
+          const S* all = shared.exchanged + (buffer * warps * L::kGroups + group) * 4;
+          entering[0] = s == 0 ? S(0) : carry[0];
+          entering[1] = s == 0 ? S(0) : carry[L::kGroups];
+          for (int earlier = 0; earlier < warp; ++earlier) {
+            const Vector<S> of = *reinterpret_cast<const Vector<S>*>(all + earlier * L::kGroups * 4);
+            entering[0] = of.values[0] * entering[0] + of.values[1];
+            if constexpr (sizeof(S) == 4) {
+              entering[1] = of.values[2] * entering[1] + of.values[3];
+            } else {
+              const Vector<S> second = *reinterpret_cast<const Vector<S>*>(all + earlier * L::kGroups * 4 + 2);
+              entering[1] = second.values[0] * entering[1] + second.values[1];
             }
           }
-          __syncthreads();
-          const S* carry = shared.carry + ((s & 1) * work.rounds + round) * state * L::kChannels + n * L::kChannels;
-          S* next = shared.carry + (((s + 1) & 1) * work.rounds + round) * state * L::kChannels + n * L::kChannels;
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const S* all = shared.exchanged + (buffer * warps * L::kChannels + c * L::kGroups + group) * 2;
-            S h = s == 0 ? S(0) : carry[c * L::kGroups + group];
-            for (int earlier = 0; earlier < (kDown ? warps - 1 - warp : warp); ++earlier) {
-              const S* pair_of = all + (kDown ? warps - 1 - earlier : earlier) * L::kChannels * 2;
-              h = pair_of[0] * h + pair_of[1];
-            }
-            entering[c] = h;
-            if (warp == (kDown ? 0 : warps - 1) && lanes.first())
-              next[c * L::kGroups + group] = all[warp * L::kChannels * 2] * h + all[warp * L::kChannels * 2 + 1];
+          if (warp == warps - 1 && lanes.last()) {
+            S* next = shared.carry + ((s + 1) & 1) * one_buffer + at;
+            next[0] = factor[0] * entering[0] + sum_q[0];
+            next[L::kGroups] = factor[1] * entering[1] + sum_q[1];
           }
           buffer ^= 1;
         } else {
           const S* from = static_cast<const S*>(work.states[pair]) +
-                          (((b * 2 + (kDown ? 1 : 0)) * work.geometry.total[pair] + order.number(piece)) * N + n) * D;
-#pragma unroll
-          for (int c = 0; c < 2; ++c) entering[c] = d[c] < D ? from[d[c]] : S(0);
+                          (((b * 2 + k / 2) * work.geometry.total[pair] + order.number(piece)) * state + n) * D + first_channel;
+          entering[0] = present[0] ? from[in_block[0]] : S(0);
+          entering[1] = present[1] ? from[in_block[1]] : S(0);
         }
         Run<S> C;
-        staged_run<S>(C, rows.C + lanes.place * kRun);
+        rows.read_state(C, work.staging.states + staged_row, lanes.place);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const S earlier_factor = lanes.before(factor[c], 1), earlier_sum = lanes.before(sum_q[c], 1);
           S h = lanes.first() ? entering[c] : earlier_factor * entering[c] + earlier_sum;
-          if (saves && d[c] < D) {
-            S* boundary = static_cast<S*>(work.call.boundary_states) + (row * D + d[c]) * sizes.chunks * N + n;
-            S at = h;
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) {
-              const int j = lanes.step(i);
-              const int64_t here = place + j;
-              if (j < steps.count && (kDown ? (here + 1) % kSaveEvery == 0 || here + 1 == sizes.length() : here % kSaveEvery == 0))
-                boundary[here / kSaveEvery * N] = at;
-              at = a[c][j] * at + w[c][j];
-            }
-          }
+          if (sizes.chunks && present[c] && steps.count)
+            save_states<S>(static_cast<S*>(work.call.boundary_states) + (row + c * L::kGroups) * sizes.chunks * state + n, state, h,
+                           a[c], w[c], steps.count, steps.place(order), order.sign, sizes.length());
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            const int j = lanes.step(i);
-            h = a[c][j] * h + w[c][j];
-            y[c][j] += C[j] * h;
+            h = a[c][i] * h + w[c][i];
+            y[c][i] += C[i] * h;
           }
         }
       }
+      S* y_tile = shared.y + in_block[0] * work.geometry.channel_pitch;
+      S* y_second = y_tile + L::kGroups * work.geometry.channel_pitch;
+      if (pass == Ss2dPass::first) {
+        steps.each(order, [&](int i, int at) { y_tile[at] = y[0][i], y_second[at] = y[1][i]; });
+      } else if (pass == Ss2dPass::add) {
+        steps.each(order, [&](int i, int at) { y_tile[at] += y[0][i], y_second[at] += y[1][i]; });
+      } else {  // one skip coefficient serves the four directions; along a row the steps are neighbours in the map
+        Run<S> x[2];
+        x_tile.read(x, round, group, work.geometry.channel_pitch, order, steps);
+        steps.each(order, [&](int i, int at) { y[0][i] += y_tile[at], y[1][i] += y_second[at]; });
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        S* y_tile = shared.y + in_block[c] * work.pitch;
-        if (pass != Ss2dPass::first) steps.each(order, [&](int i, int at) { y[c][i] += y_tile[at]; });
-        if (pass != Ss2dPass::last) {
-          steps.each(order, [&](int i, int at) { y_tile[at] = y[c][i]; });
-        } else if (d[c] < D) {  // along rows: consecutive places of the map
-          store_run<T>(work.call.y, (b * D + d[c]) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
+        for (int c = 0; c < 2; ++c) {
+          if (!present[c]) continue;
+          const int64_t d = first_channel + in_block[c];
+          const S* Ds = static_cast<const S*>(work.parameters.Ds) + d;
+          const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) y[c][i] += skip * x[c][i];
+          store_run<T>(work.call.y, (b * D + d) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
                        sizes.out != sizes.io);
         }
       }
@@ -202,37 +254,30 @@ DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dF
   }
 }
 
-template <typename T, int kLanes, bool kWhole>
+template <typename T, int kLanes, bool kWhole, bool kOneState>
 __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const Ss2dForwardWork work) {
-  using S = State<T>;
   using L = Layout<kLanes>;
   const Ss2dSizes& sizes = work.call.sizes;
-  const int channels = work.rounds * L::kChannels, state = static_cast<int>(sizes.state);
+  const int channels = work.rounds * L::kChannels, state = static_cast<int>(sizes.state), rank = static_cast<int>(sizes.rank);
   int64_t index = blockIdx.x;
   const int64_t first_channel = index % work.channel_blocks * channels;
   index /= work.channel_blocks;
   const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles();
-  Ss2dForwardShared<T, kLanes, kWhole> shared;
-  shared.layout(&shared, shared_memory<unsigned char>(), blockDim.x / kWarp, work.rounds, work.capacity, work.pitch, state);
-
   const int present = static_cast<int>(sizes.channels - first_channel < channels ? sizes.channels - first_channel : channels);
-  load_map_tile<T>(shared.x, work.pitch, channels, present, work.call.x, b, first_channel, work.geometry,
-                   Order(work.geometry, kRows, tile), false);
+  const Ss2dForwardShared<T, kLanes, kWhole> shared(shared_memory<unsigned char>(), blockDim.x / kWarp, work.rounds, work.staging,
+                                                    work.geometry, rank, state);
+  MapTile<T, kLanes>{shared.x, false}.load(work.call.x, b, first_channel, present, work.rounds, work.geometry,
+                                           Order(work.geometry, 0, tile));
+#pragma unroll 1
   for (int turn = 0; turn < 4; ++turn) {
-    const int pair = turn < 2 ? kColumns : kRows;
-    const bool down = turn % 2;
+    const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn;  // 1, 3, 2, 0
     __syncthreads();
-    for (int i = threadIdx.x; i < state * channels; i += blockDim.x) {
-      const int64_t d = first_channel + i % channels, n = i / channels;
-      shared.A2[i] = i % channels < present
-                         ? base2_factor<T>(static_cast<const S*>(work.parameters.A_logs)[((pair + 2 * down) * sizes.channels + d) * sizes.state + n], true)
-                         : S(0);
-    }
+    load_factors<T>(shared.A2, work.parameters.A_logs, k * sizes.channels + first_channel, present, channels, state);
+    LowRankWeights<T, kLanes>{shared.weights}.load(work.parameters.dt_weight, k * sizes.channels + first_channel, present,
+                                                   work.rounds, rank);
     __syncthreads();
-    const Order order(work.geometry, pair, tile);
-    const Ss2dPass pass = turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last;
-    if (down) ss2d_forward_direction<T, kLanes, kWhole, true>(work, shared, order, pair, pass, b, first_channel);
-    else ss2d_forward_direction<T, kLanes, kWhole, false>(work, shared, order, pair, pass, b, first_channel);
+    ss2d_forward_direction<T, kLanes, kWhole, kOneState>(
+        work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, tile, first_channel);
   }
 }
 

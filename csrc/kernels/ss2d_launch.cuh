@@ -12,10 +12,22 @@
 
 namespace dass {
 
+// Kernels of their own for one state, where its loop falls away; not for float64.
+template <typename T>
+constexpr bool kSpecial = !std::is_same_v<T, double>;
+
 constexpr int64_t kTilePositions = 1024;
 constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
 
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Pitches in shared memory: see Geometry::spread. Channels are 1 word apart in banks where 8 groups stand beside each other
+// (pieces of 32 steps), 4 where there are two (pieces of 128).
+inline void set_pitches(Geometry& g, int piece) {
+  g.pitch = Geometry::spread(g.tile_width - 1) + 1;
+  g.pitch += 1 - g.pitch % 2;
+  g.channel_pitch = static_cast<int>(round_up(static_cast<int64_t>(g.pitch) * g.tile_height, kWarp)) + (piece == kWarp ? 1 : 4);
+}
 
 inline Geometry whole_map(const Ss2dSizes& sizes, int piece) {
   Geometry g;
@@ -25,6 +37,7 @@ inline Geometry whole_map(const Ss2dSizes& sizes, int piece) {
   g.tile_width = static_cast<int>(sizes.width);
   g.tiles_down = g.tiles_across = 1;
   for (int pair : {kRows, kColumns}) g.total[pair] = g.pieces[pair] = static_cast<int>(divide_up(sizes.length(), piece));
+  set_pitches(g, piece);
   return g;
 }
 
@@ -54,6 +67,7 @@ inline Geometry tiles_of(const Ss2dSizes& sizes, int piece, int64_t positions) {
   };
   cut(kRows, width, sizes.width, height, sizes.height, g.tiles_down);
   cut(kColumns, height, sizes.height, width, sizes.width, g.tiles_across);
+  set_pitches(g, piece);
   return g;
 }
 
@@ -68,36 +82,48 @@ inline std::string does_not_fit(const Ss2dSizes& sizes) {
          " are more than the shared memory of this GPU holds.";
 }
 
-// Rows of x_dbl that a warp stages: all of them if there is room, else as many as there is (two at least).
-template <typename Bytes>
-bool choose_capacity(int& capacity, int& warps, const Ss2dSizes& sizes, size_t available, const Bytes& bytes) {
+// The warps of a block and the rows of x_dbl that each stages: all rows and as many warps as wanted if there is room, else fewer
+// rows, then fewer warps. bytes(warps, staging) is what a block takes.
+template <typename T, int kLanes, typename Bytes>
+bool choose_staging(Staging& staging, int& warps, const Ss2dSizes& sizes, size_t available, const Bytes& bytes) {
+  const int unit = LowRankRows<T, kLanes>::kBlock;
+  const int ranks = static_cast<int>(round_up(std::max<int64_t>(sizes.rank, 1), unit)), states = static_cast<int>(sizes.state);
   for (; warps > 0; warps /= 2) {
-    for (int64_t rows = sizes.rows(); rows >= 2; rows = rows > 32 ? 32 : rows / 2) {
-      capacity = static_cast<int>(rows);
-      if (bytes(warps, capacity) <= available) return true;
+    for (const int most : {1 << 20, 64, 32, 16, 8}) {
+      staging.ranks = std::min(ranks, std::max(most, unit));
+      staging.states = std::min(states, most);
+      if (bytes(warps, staging) <= available) return true;
     }
   }
   return false;
 }
 
+template <typename T, bool kAdjoint, bool kOneState>
+void launch_ss2d_summary(const Ss2dSummaryWork& work, int warps, size_t bytes, const Device& device) {
+  launch(ss2d_summary_kernel<T, kAdjoint, kOneState>, work.channel_blocks * work.geometry.tiles() * work.sizes.batch, warps * kWarp,
+         bytes, device, work);
+}
+
 template <typename T, bool kAdjoint>
 void run_ss2d_summary(Ss2dSummaryWork& work, const Device& device) {
   using L = Layout<4>;
-  const auto bytes = [&](int warps, int capacity) {
-    return Ss2dSummaryShared<T, 4, kAdjoint>::layout(nullptr, nullptr, warps, capacity, work.pitch);
+  const Ss2dSizes& sizes = work.sizes;
+  const auto bytes = [&](int warps, const Staging& staging) {
+    return Ss2dSummaryShared<T, kAdjoint>(nullptr, warps, staging, work.geometry, static_cast<int>(sizes.rank),
+                                          static_cast<int>(sizes.state), sizes.out != sizes.io)
+        .bytes;
   };
   int warps = kBlockWarps / 2;
-  if (!choose_capacity(work.capacity, warps, work.sizes, device.shared_bytes, bytes)) throw std::runtime_error(does_not_fit(work.sizes));
-  work.channel_blocks = divide_up(work.sizes.channels, L::kChannels);
-  launch(ss2d_summary_kernel<T, 4, kAdjoint>, work.channel_blocks * work.geometry.tiles() * work.sizes.batch, warps * kWarp,
-         bytes(warps, work.capacity), device, work);
-  const Ss2dSizes& sizes = work.sizes;
-  for (int pair : {kRows, kColumns}) {
-    CarryWork carry{sizes.batch, 2, sizes.channels, sizes.state, work.geometry.total[pair], 2, work.states[pair], work.sums[pair],
+  if (!choose_staging<T, 4>(work.staging, warps, sizes, device.shared_bytes, bytes)) throw std::runtime_error(does_not_fit(sizes));
+  work.channel_blocks = divide_up(sizes.channels, L::kChannels);
+  if (sizes.state == 1) launch_ss2d_summary<T, kAdjoint, kSpecial<T>>(work, warps, bytes(warps, work.staging), device);
+  else launch_ss2d_summary<T, kAdjoint, false>(work, warps, bytes(warps, work.staging), device);
+  for (int pair : {kRows, kColumns}) {  // pieces are numbered in the order of the scan: no direction walks down
+    CarryWork carry{sizes.batch, 2, sizes.channels, sizes.state, work.geometry.total[pair], 0, work.states[pair], work.sums[pair],
                     work.parameters.A_logs, true, pair, 2, nullptr};
     launch_carry<T>(carry, device);
     if (kAdjoint) {
-      carry.down = 1;
+      carry.down = 3;
       carry.states = work.adjoints[pair];
       launch_carry<T>(carry, device);
     }
@@ -115,6 +141,7 @@ void take_pieces(const Ss2dSizes& sizes, const Geometry& g, Scratch& scratch, vo
 struct Ss2dForwardPlan {
   Ss2dForwardWork work;
   int lanes = 4, warps = 1;
+  size_t bytes = 0;
   bool whole = false;
 };
 
@@ -127,27 +154,27 @@ bool plan_ss2d_forward_layout(Ss2dForwardPlan& plan, const Device& device, int64
   if (kWhole && sizes.length() > (1 << 20)) return false;
   work.geometry = kWhole ? whole_map(sizes, L::kPiece) : tiles_of(sizes, L::kPiece, positions);
   const Geometry& g = work.geometry;
-  work.pitch = static_cast<int>(round_up(static_cast<int64_t>(g.tile_height) * g.tile_width, 16 / sizeof(T)));
   work.rounds = 1;
   plan.lanes = kLanes;
   plan.whole = kWhole;
   const int most = std::max(g.pieces[0], g.pieces[1]);
   plan.warps = std::min(kWhole ? kBlockWarps : kBlockWarps / 2, most);
   if (kWhole) plan.warps = static_cast<int>(divide_up(most, divide_up(most, plan.warps)));  // even shares
-  const auto bytes = [&](int warps, int capacity) {
-    return Shared::layout(nullptr, nullptr, warps, work.rounds, capacity, work.pitch, static_cast<int>(sizes.state));
+  const auto bytes = [&](int warps, const Staging& staging) {
+    return Shared(nullptr, warps, work.rounds, staging, g, static_cast<int>(sizes.rank), static_cast<int>(sizes.state)).bytes;
   };
-  if (!choose_capacity(work.capacity, plan.warps, sizes, device.shared_bytes, bytes)) return false;
+  if (!choose_staging<T, kLanes>(work.staging, plan.warps, sizes, device.shared_bytes, bytes)) return false;
   // More channels to a block while x_dbl is then read less often, two blocks fit a multiprocessor and there is work for all.
   while (kWhole && work.rounds < 4 && work.rounds * L::kChannels < sizes.channels) {
     work.rounds *= 2;
-    if (bytes(plan.warps, work.capacity) > device.shared_bytes / 2 ||
+    if (bytes(plan.warps, work.staging) > device.shared_bytes / 2 ||
         sizes.batch * divide_up(sizes.channels, work.rounds * L::kChannels) < kFewBlocks) {
       work.rounds /= 2;
       break;
     }
   }
   work.channel_blocks = divide_up(sizes.channels, work.rounds * L::kChannels);
+  plan.bytes = bytes(plan.warps, work.staging);
   return true;
 }
 
@@ -173,10 +200,11 @@ Ss2dForwardPlan plan_ss2d_forward(const Ss2dForward& call, const Device& device,
 template <typename T, int kLanes, bool kWhole>
 void launch_ss2d_forward(const Ss2dForwardPlan& plan, const Device& device) {
   const Ss2dForwardWork& work = plan.work;
-  launch(ss2d_forward_kernel<T, kLanes, kWhole>, work.channel_blocks * work.geometry.tiles() * work.call.sizes.batch, plan.warps * kWarp,
-         Ss2dForwardShared<T, kLanes, kWhole>::layout(nullptr, nullptr, plan.warps, work.rounds, work.capacity, work.pitch,
-                                                     static_cast<int>(work.call.sizes.state)),
-         device, work);
+  const int64_t blocks = work.channel_blocks * work.geometry.tiles() * work.call.sizes.batch;
+  if (work.call.sizes.state == 1)
+    launch(ss2d_forward_kernel<T, kLanes, kWhole, kSpecial<T>>, blocks, plan.warps * kWarp, plan.bytes, device, work);
+  else
+    launch(ss2d_forward_kernel<T, kLanes, kWhole, false>, blocks, plan.warps * kWarp, plan.bytes, device, work);
 }
 
 template <typename T>
@@ -202,7 +230,6 @@ void Ss2dKernels<T>::run(const Ss2dForward& call, const Device& device, void* wo
   summary.x_dbl = call.x_dbl;
   summary.parameters = plan.work.parameters;
   summary.geometry = plan.work.geometry;
-  summary.pitch = plan.work.pitch;
   for (int pair : {kRows, kColumns}) {
     summary.states[pair] = plan.work.states[pair];
     summary.sums[pair] = plan.work.sums[pair];
@@ -217,6 +244,7 @@ struct Ss2dBackwardPlan {
   Ss2dBackwardWork work;
   Ss2dSummaryWork summary;
   int warps = 1;
+  size_t bytes = 0;
   bool whole = false;
 };
 
@@ -228,16 +256,17 @@ bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int
   if (kWhole && sizes.length() > kBlockWarps * L::kPiece) return false;
   work.geometry = kWhole ? whole_map(sizes, L::kPiece) : tiles_of(sizes, L::kPiece, positions);
   const Geometry& g = work.geometry;
-  work.pitch = static_cast<int>(round_up(static_cast<int64_t>(g.tile_height) * g.tile_width, 16 / sizeof(T)));
   plan.whole = kWhole;
   const int wanted = kWhole ? std::max(g.pieces[0], g.pieces[1]) : kBlockWarps;
   plan.warps = wanted;
-  const auto bytes = [&](int warps, int capacity) {
-    return Ss2dBackwardShared<T, kWhole>::layout(nullptr, nullptr, warps, capacity, work.pitch, static_cast<int>(sizes.rank),
-                                                 static_cast<int>(sizes.state));
+  const auto bytes = [&](int warps, const Staging& staging) {
+    return Ss2dBackwardShared<T, kWhole>(nullptr, warps, staging, g, static_cast<int>(sizes.rank), static_cast<int>(sizes.state),
+                                         sizes.out != sizes.io)
+        .bytes;
   };
-  if (!choose_capacity(work.capacity, plan.warps, sizes, device.shared_bytes, bytes)) return false;
+  if (!choose_staging<T, 4>(work.staging, plan.warps, sizes, device.shared_bytes, bytes)) return false;
   if (kWhole && plan.warps < wanted) return false;
+  plan.bytes = bytes(plan.warps, work.staging);
   // The channels of a tile are shared out until there is work for the whole GPU; each share costs a slab.
   const int64_t all = divide_up(sizes.channels, L::kChannels), blocks = std::max<int64_t>(sizes.batch * g.tiles(), 1);
   work.slabs = std::min(all, divide_up(kFewBlocks, blocks));
@@ -266,7 +295,6 @@ Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& devi
     summary.x_dbl = call.x_dbl;
     summary.parameters = work.parameters;
     summary.geometry = work.geometry;
-    summary.pitch = work.pitch;
     take_pieces<S>(sizes, work.geometry, scratch, summary.states, true);
     take_pieces<S>(sizes, work.geometry, scratch, summary.adjoints, true);
     take_pieces<S>(sizes, work.geometry, scratch, summary.sums, false);
@@ -305,15 +333,14 @@ void Ss2dKernels<T>::run(const Ss2dBackward& call, const Device& device, void* w
     plan = plan_ss2d_backward<T>(call, device, scratch);
     const Ss2dBackwardWork& work = plan.work;
     const int64_t blocks = work.slabs * work.geometry.tiles() * sizes.batch;
-    const auto bytes = [&](auto shared) {
-      return decltype(shared)::layout(nullptr, nullptr, plan.warps, work.capacity, work.pitch, static_cast<int>(sizes.rank),
-                                      static_cast<int>(sizes.state));
-    };
-    if (plan.whole) {
-      launch(ss2d_backward_kernel<T, true>, blocks, plan.warps * kWarp, bytes(Ss2dBackwardShared<T, true>{}), device, work);
+    if (!plan.whole) run_ss2d_summary<T, true>(plan.summary, device);
+    const auto run_kernel = [&](auto kernel) { launch(kernel, blocks, plan.warps * kWarp, plan.bytes, device, work); };
+    if (sizes.state == 1) {
+      if (plan.whole) run_kernel(ss2d_backward_kernel<T, true, kSpecial<T>>);
+      else run_kernel(ss2d_backward_kernel<T, false, kSpecial<T>>);
     } else {
-      run_ss2d_summary<T, true>(plan.summary, device);
-      launch(ss2d_backward_kernel<T, false>, blocks, plan.warps * kWarp, bytes(Ss2dBackwardShared<T, false>{}), device, work);
+      if (plan.whole) run_kernel(ss2d_backward_kernel<T, true, false>);
+      else run_kernel(ss2d_backward_kernel<T, false, false>);
     }
     parts = sizes.batch * work.geometry.tiles();
   }
