@@ -1,8 +1,8 @@
-"""The extension modules of dass_ops and their sources. Metadata: pyproject.toml; the map of csrc/: csrc/README.md.
+"""The extension modules of dass_ops and their sources. Metadata: pyproject.toml; operators: csrc/schema.cpp.
 
-Built against the torch that is installed. The CUDA part is built where torch is a CUDA build and an nvcc is found.
-Environment: DASS_OPS_CUDA=0|1 (never, or fail without it), DASS_OPS_EMULATED=0 (leave out the host emulation of the CUDA
-kernels, a test backend), TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
+Built against the torch that is installed. The CUDA kernels are unfinished and built on request only, where torch is a CUDA
+build and an nvcc is found. Environment: DASS_OPS_CUDA=1 (build them, or fail), DASS_OPS_EMULATED=1 (build their host
+emulation, a test backend), TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
 """
 
 import glob
@@ -36,8 +36,8 @@ def find_cuda_home():
 
 
 def why_no_cuda(torch, cuda_home):
-    if os.environ.get("DASS_OPS_CUDA") == "0":
-        return "DASS_OPS_CUDA=0"
+    if os.environ.get("DASS_OPS_CUDA") != "1":
+        return "the CUDA kernels are not finished and are left out unless DASS_OPS_CUDA=1"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cuda_home is None:
@@ -91,7 +91,7 @@ def extensions():
             depends=headers,
         )
     ]
-    emulated = bool(sources("csrc/emulation")) and os.environ.get("DASS_OPS_EMULATED") != "0"
+    emulated = bool(sources("csrc/emulation")) and os.environ.get("DASS_OPS_EMULATED") == "1"
     if emulated:
         modules.append(
             CppExtension(
