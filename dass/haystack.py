@@ -8,9 +8,11 @@ recordings is the same choice of files and moments, decoded.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -24,7 +26,8 @@ LONGEST_UTTERANCE = 30.0  # s of a file of speech that are heard in one go
 TOO_QUIET = 1e-5  # RMS below which a recording cannot be brought to a level
 
 MEAN_SPECTRUM, SILENCE = "mean-spectrum", "silence"
-LEVELLED = ("white", "pink", "babble", "recording", "other-clips")
+DECODED = ("babble", "recording", "other-clips")
+LEVELLED = ("white", "pink", *DECODED)
 HAYSTACKS = (MEAN_SPECTRUM, SILENCE, *LEVELLED)
 DESCRIPTIONS = {
     MEAN_SPECTRUM: "zeros after normalisation, the published protocol's: the mean spectrum of the training set",
@@ -87,6 +90,7 @@ class Haystack:
         self.key = key_of("haystack", seed, kind, clip)
         self.folder, self.talkers, self.clips, self.labels = folder, talkers, clips, tuple(labels)
         self._levels: dict[int, float] = {}
+        self._spool: IO[bytes] | None = None  # what was decoded for the level, on disk, to be read again
 
     @property
     def levelled(self) -> bool:
@@ -101,18 +105,34 @@ class Haystack:
             return (np.zeros(min(BLOCK, samples - start), np.float32) for start in range(0, samples, BLOCK))
         if self.kind in ("white", "pink"):
             return noise_blocks(self.kind, self.key, samples, block=BLOCK)
-        if self.kind == "babble":
-            return _first(samples, self._babble())
-        if self.kind == "recording":
-            return _first(samples, _join(self._pick(sound_files(self.folder), self.key, self._recording)))
-        return _first(samples, _join(self._pick(self._others(), self.key, self._other)))
+        if self._spool is not None and samples <= self._spool.seek(0, os.SEEK_END) // 4:
+            return self._spooled(samples)
+        return _first(samples, self._decoded())
 
     def level(self, samples: int) -> float:
         """Root mean square of the first `samples` samples; streamed once, then remembered."""
         if samples not in self._levels:
-            total = math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in self.blocks(samples))
+            blocks = self.blocks(samples)
+            if self.kind in DECODED:  # slower to decode than to read: kept in a temporary file
+                spool = tempfile.TemporaryFile()
+                blocks = _written(blocks, spool)
+            total = math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
             self._levels[samples] = math.sqrt(total / samples)
+            if self.kind in DECODED:
+                self._spool = spool
         return self._levels[samples]
+
+    def _decoded(self) -> Iterator[Array]:
+        if self.kind == "babble":
+            return self._babble()
+        if self.kind == "recording":
+            return _join(self._pick(sound_files(self.folder), self.key, self._recording))
+        return _join(self._pick(self._others(), self.key, self._other))
+
+    def _spooled(self, samples: int) -> Iterator[Array]:
+        for first in range(0, samples, BLOCK):
+            self._spool.seek(4 * first)
+            yield np.frombuffer(self._spool.read(4 * min(BLOCK, samples - first)), np.float32).copy()
 
     def _pick(self, choices: Sequence, key: int, open_one: Callable[[object], Iterable[Array]]) -> Iterator:
         """One choice after another, each opened; what cannot be used is passed over, unless nothing can."""
@@ -210,6 +230,13 @@ def _of_size(blocks: Iterable[Array], size: int) -> Iterator[Array]:
             last = count - count % size
             yield from whole[:last].reshape(-1, size)
             parts, count = [whole[last:]], count - last
+
+
+def _written(blocks: Iterable[Array], file: IO[bytes]) -> Iterator[Array]:
+    """The same stream, written to a file as it goes by."""
+    for block in blocks:
+        file.write(block.tobytes())
+        yield block
 
 
 def _first(samples: int, blocks: Iterable[Array]) -> Iterator[Array]:

@@ -122,6 +122,16 @@ def test_another_process_makes_the_same_haystack():
     assert done.stdout.strip() == here
 
 
+@pytest.mark.parametrize("kind", ["babble", "recording", "other-clips"])
+def test_what_was_decoded_for_the_level_is_the_same_when_read_again(kind, folder, corpus):
+    haystack = make(kind, folder, corpus)
+    expected = whole(haystack.blocks(4 * RATE))
+    level = haystack.level(3 * RATE)
+    assert level == pytest.approx(np.sqrt(np.mean(expected[: 3 * RATE].astype(np.float64) ** 2)))
+    for samples in (2 * RATE, 3 * RATE, 4 * RATE):  # from the file, and beyond it
+        assert np.array_equal(whole(haystack.blocks(samples)), expected[:samples])
+
+
 def test_recordings_are_streamed_and_their_joins_do_not_click(tmp_path):
     for number, level in enumerate((0.5, -0.5)):
         soundfile.write(tmp_path / f"{number}.wav", np.full(RATE, level), RATE)
