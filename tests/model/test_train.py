@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dass import run_folder
 from dass.config_files import config_to_toml
 from dass.model import DASS
 from dass.run_folder import NotFiniteError, RunFolderError
@@ -191,6 +192,23 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(tones, tmp_path):
     Trainer(config).fit()
     steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["event"] == "step"]
     assert steps == list(range(1, 10))
+
+
+def test_ctrl_c_ends_the_workers_too_and_still_the_end_is_orderly(tones, tmp_path):
+    config = tiny_config(tones, tmp_path / "run", train={"epochs": 3}, run={"checkpoint_seconds": 0.0})
+    trainer = Trainer(config)
+    step = trainer._step
+
+    def interrupt(batches, timer):
+        if trainer.progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+        return step(batches, timer)
+
+    trainer._step = interrupt
+    with pytest.raises(TrainingStopped, match="the same command goes on"):
+        trainer.fit()
+    assert run_folder.read_progress(run_folder.newest_state(tmp_path / "run")).step == 4
 
 
 @pytest.mark.slow
