@@ -193,6 +193,11 @@ def _mambapy(problem: Problem, flags: tuple[bool, ...]) -> Scan:
     return _by_recurrence(importlib.import_module("mambapy.pscan").pscan)
 
 
+def _mambapy_seconds(problem: Problem, training: bool) -> float:
+    """About, on two cores, where it is long enough to matter."""
+    return (9e-8 if training else 2.5e-8) * problem.elements
+
+
 def _fla(problem: Problem, flags: tuple[bool, ...]) -> Scan:
     """flash-linear-attention has no selective scan; its HGRN kernel is the same recurrence, one state a channel."""
     chunk_hgrn = importlib.import_module("fla.ops.hgrn").chunk_hgrn
@@ -249,7 +254,7 @@ def _only_float32(problem: Problem, training: bool) -> str:
 PEERS = (
     Peer("plain loop", "", ("cpu", "cuda"), lambda problem, flags: plain_loop, estimate=_plain_seconds),
     Peer("hoisted loop", "", ("cpu", "cuda"), lambda problem, flags: hoisted_loop, _only_float32),
-    Peer("mambapy", "mambapy", ("cpu", "cuda"), _mambapy),
+    Peer("mambapy", "mambapy", ("cpu", "cuda"), _mambapy, estimate=_mambapy_seconds),
     Peer("compiled", "", ("cpu", "cuda"), _compiled, _only_float32, walks_back=True, compiles=True),
     Peer("mamba_ssm", "mamba_ssm", ("cuda",), _mamba_ssm),
     Peer("vmamba", "selective_scan_cuda_oflex", ("cuda",), _vmamba),
