@@ -22,7 +22,8 @@ inline void parallel(int64_t count, Task task) {
 }
 }  // namespace
 
-// Memory for the length of an operator: aligned to 64 bytes, uninitialised, on huge pages where it is large.
+// Memory for the length of an operator: aligned to 64 bytes, uninitialised, on huge pages where it is large. Up to 64 MB of it are
+// kept for the next operator.
 class Buffer {
  public:
   explicit Buffer(size_t bytes);
@@ -32,6 +33,7 @@ class Buffer {
   float* floats() const { return static_cast<float*>(data_); }
 
  private:
+  size_t bytes_ = 0;
   void* data_;
 };
 

@@ -9,6 +9,7 @@
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"
 #include "cpu/ss2d_forward.h"
+#include "cpu/ss2d_backward.h"
 
 namespace dass::cpu {
 namespace {
@@ -24,14 +25,13 @@ bool scan_forward(const ScanForward& f) {
 }
 
 bool scan_backward(const ScanBackward&) { return false; }
-bool ss2d_forward(const Ss2dForward& f) {
-  const Ss2dSizes& sizes = f.sizes;
-  if (sizes.io == Dtype::float64 || sizes.chunk > 256 || sizes.state == 0) return false;
-  if (sizes.length() == 0 || sizes.length() > UINT32_MAX) return false;
-  return ss2d_forward_lanes(f);
+bool fits(const Ss2dSizes& sizes) {
+  return sizes.io != Dtype::float64 && sizes.chunk <= 256 && sizes.chunk % 16 == 0 && sizes.state > 0 && sizes.length() > 0 &&
+         sizes.height * (sizes.width + 1) <= UINT32_MAX;
 }
 
-bool ss2d_backward(const Ss2dBackward&) { return false; }
+bool ss2d_forward(const Ss2dForward& f) { return fits(f.sizes) && ss2d_forward_lanes(f); }
+bool ss2d_backward(const Ss2dBackward& f) { return fits(f.sizes) && ss2d_backward_lanes(f); }
 
 void elementary(int function, const float* x, float* y, int64_t n) {
   uint16_t bits[W];

@@ -14,48 +14,81 @@ inline void transpose_square(V* r) {  // r[i] lane j <-> r[j] lane i
   exchange_pieces(r);
 }
 
+// Lane i: the sum over the lanes of the i-th of W vectors.
+inline V sum_each(const float* rows) {
+  V z[W / 4];
+#pragma GCC unroll 4
+  for (int i = 0; i < W / 4; ++i) {
+    const float* four = rows + 4 * i * W;
+    const V a = load(four), b = load(four + W), c = load(four + 2 * W), d = load(four + 3 * W);
+    const V x = unpack_low(a, b) + unpack_high(a, b), y = unpack_low(c, d) + unpack_high(c, d);
+    z[i] = unpack_low_pairs(x, y) + unpack_high_pairs(x, y);
+  }
+  return sum_pieces(z);
+}
+
+// Rows are read and written in stretches of a few cache lines, by way of a buffer: rows often lie a power of two apart, and taking
+// one vector of each in turn would make them compete for the same few places of the cache.
+constexpr int64_t stretch = 64;
+struct alignas(64) Stretches {
+  float row[W][stretch + 16];
+};
+
 // Rows of `channels` <= W channels, `stride` elements apart, as lane tiles; absent channels are 0. `emit(p, x)` gets each position.
 template <typename Emit>
 inline void rows_to_lanes(Dtype type, const void* rows, int64_t stride, int64_t channels, int64_t n, Emit emit) {
-  V r[W];
-  for (int64_t p = 0; p < n; p += W) {
-    const int count = static_cast<int>(smaller_of(W, n - p));
-    for (int64_t c = 0; c < W; ++c) {
-      if (c >= channels) {
-        r[c] = all(0.0f);
-      } else if (type == Dtype::float32) {
-        const float* at = static_cast<const float*>(rows) + c * stride + p;
-        r[c] = count == W ? load(at) : load_part(at, count);
+  Stretches s;
+  for (int64_t c = channels; c < W; ++c) fill_row(s.row[c], 0.0f, stretch);
+  for (int64_t begin = 0; begin < n; begin += stretch) {
+    const int64_t length = smaller_of(stretch, n - begin), padded = round_up(length, W);
+    for (int64_t c = 0; c < channels; ++c) {
+      const void* from = element(type, rows, c * stride + begin);
+      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, from, stretch + i), 0, 2);
+      load_row(type, from, s.row[c], length, padded);
+    }
+    for (int64_t p = 0; p < padded; p += W) {
+      V r[W];
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) r[c] = load(s.row[c] + p);
+      transpose_square(r);
+      const int64_t count = smaller_of(W, length - p);
+      if (count == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) emit(begin + p + i, r[i]);
       } else {
-        float part[W];
-        load_row(type, element(type, rows, c * stride + p), part, count, W);
-        r[c] = load(part);
+        for (int64_t i = 0; i < count; ++i) emit(begin + p + i, r[i]);
       }
     }
-    transpose_square(r);
-    for (int i = 0; i < count; ++i) emit(p + i, r[i]);
   }
 }
 
-// The other way; `fetch(p)` gives each position.
-template <typename Fetch>
-inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch) {
-  V r[W];
-  for (int64_t p = 0; p < n; p += W) {
-    const int count = static_cast<int>(smaller_of(W, n - p));
-    for (int i = 0; i < W; ++i) r[i] = i < count ? fetch(p + i) : all(0.0f);
-    transpose_square(r);
+// The other way; `fetch(p)` gives each position and finish(c, begin, row, length) sees a stretch of each row before it is stored.
+template <typename Fetch, typename Finish>
+inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch, Finish finish) {
+  Stretches s;
+  for (int64_t begin = 0; begin < n; begin += stretch) {
+    const int64_t length = smaller_of(stretch, n - begin), padded = round_up(length, W);
+    for (int64_t p = 0; p < padded; p += W) {
+      V r[W];
+      const int64_t last = begin + length - 1;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = fetch(smaller_of(begin + p + i, last));
+      transpose_square(r);
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) store(s.row[c] + p, r[c]);
+    }
     for (int64_t c = 0; c < channels; ++c) {
-      if (type == Dtype::float32) {
-        float* at = static_cast<float*>(rows) + c * stride + p;
-        count == W ? store(at, r[c]) : store_part(at, r[c], count);
-      } else {
-        float part[W];
-        store(part, r[c]);
-        store_row(type, element(type, rows, c * stride + p), part, count);
-      }
+      finish(c, begin, s.row[c], length);
+      void* to = element(type, rows, c * stride + begin);
+      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, to, stretch + i), 1, 2);
+      store_row(type, to, s.row[c], length);
     }
   }
+}
+
+template <typename Fetch>
+inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch) {
+  lanes_to_rows(type, rows, stride, channels, n, fetch, [](int64_t, int64_t, float*, int64_t) {});
 }
 
 // Column `row` of W rows of parameters, 0 for absent channels: one number for each lane.

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <string>
 
@@ -20,10 +21,11 @@ namespace {
 constexpr size_t huge_page = size_t{2} << 20, kept_scratch = size_t{8} << 20;
 
 void* allocate(size_t bytes) {
-  const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
+  // From half a huge page on a whole one: strided walks through 4-KB pages miss the translation buffers.
+  const size_t alignment = bytes >= huge_page / 2 ? huge_page : 64;
   void* data = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0));
   if (data == nullptr) throw std::bad_alloc();
-  advise_huge_pages(data, bytes);
+  advise_huge_pages(data, (bytes + alignment - 1) / alignment * alignment);
   return data;
 }
 
@@ -47,6 +49,51 @@ struct Scratch {
   ~Scratch() { release(); }
 };
 thread_local Scratch scratch;
+
+// Buffers given back, for the next operator: fresh pages cost more than most of what is computed in them.
+class Pool {
+ public:
+  void* take(size_t bytes, size_t& capacity) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (size_t i = 0; i < count_; ++i)
+        if (kept_[i].bytes >= bytes && kept_[i].bytes <= 2 * bytes + huge_page) {
+          const Kept found = kept_[i];
+          kept_[i] = kept_[--count_];
+          total_ -= found.bytes;
+          capacity = found.bytes;
+          return found.data;
+        }
+    }
+    capacity = bytes;
+    return allocate(bytes);
+  }
+  void give(void* data, size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (count_ < most && total_ + bytes <= most_bytes) {
+        kept_[count_++] = {data, bytes};
+        total_ += bytes;
+        return;
+      }
+    }
+    std::free(data);
+  }
+
+ private:
+  struct Kept {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr size_t most = 8, most_bytes = size_t{64} << 20;
+  std::mutex mutex_;
+  Kept kept_[most];
+  size_t count_ = 0, total_ = 0;
+};
+Pool& pool() {
+  static Pool* const the = new Pool;  // never destroyed: operators may run while the process ends
+  return *the;
+}
 
 const Kernels* choose() {
   const char* wanted = std::getenv("DASS_OPS_CPU");
@@ -83,8 +130,8 @@ void parallel_tasks(int64_t count, void (*run)(void*, int64_t), void* context) {
   });
 }
 
-Buffer::Buffer(size_t bytes) : data_(allocate(bytes)) {}
-Buffer::~Buffer() { std::free(data_); }
+Buffer::Buffer(size_t bytes) : data_(pool().take(bytes, bytes_)) {}
+Buffer::~Buffer() { pool().give(data_, bytes_); }
 
 void* thread_scratch(size_t bytes) { return scratch.at_least(bytes); }
 

@@ -9,21 +9,36 @@ namespace dass::cpu {
 namespace {
 
 constexpr int64_t lane_chunk = 128;  // steps a task works on at a time
+constexpr int64_t steps_ahead = 16;  // to prefetch: the hardware does not follow columns
 
-// Positions in the map of the steps of direction 1, with some harmless ones before and after.
-class ColumnOrder {
+// Where the steps of directions 0 and 1 stand in a lane tile of the map, in vectors, with some harmless places before the first
+// and after the last. Rows of the map lie a vector further apart than they are wide where that keeps the positions of a column
+// from meeting in one set of the cache.
+class MapOrder {
  public:
-  explicit ColumnOrder(const Ss2dSizes& sizes) : buffer_(4 * (sizes.length() + 2 * margin)) {
-    uint32_t* order = reinterpret_cast<uint32_t*>(buffer_.floats());
-    for (int64_t i = 0; i < margin; ++i) order[i] = order[margin + sizes.length() + i] = 0;
-    for (int64_t w = 0; w < sizes.width; ++w)
-      for (int64_t h = 0; h < sizes.height; ++h)
-        order[margin + w * sizes.height + h] = static_cast<uint32_t>(h * sizes.width + w);
+  explicit MapOrder(const Ss2dSizes& sizes)
+      : length_(sizes.length()),
+        pitch_(sizes.width % 8 == 0 ? sizes.width + 1 : sizes.width),
+        places_(sizes.height * pitch_),
+        buffer_(2 * 4 * (length_ + 2 * margin)) {
+    for (int k = 0; k < 2; ++k) {
+      uint32_t* order = const_cast<uint32_t*>(of(k));
+      for (int64_t i = 1; i <= margin; ++i) order[-i] = order[length_ + i - 1] = 0;
+    }
+    uint32_t *rows = const_cast<uint32_t*>(of(0)), *columns = const_cast<uint32_t*>(of(1));
+    for (int64_t h = 0; h < sizes.height; ++h)
+      for (int64_t w = 0; w < sizes.width; ++w)
+        rows[h * sizes.width + w] = columns[w * sizes.height + h] = static_cast<uint32_t>(h * pitch_ + w);
   }
-  const uint32_t* at() const { return reinterpret_cast<const uint32_t*>(buffer_.floats()) + margin; }
+  const uint32_t* of(int64_t k) const {
+    return reinterpret_cast<const uint32_t*>(buffer_.floats()) + k % 2 * (length_ + 2 * margin) + margin;
+  }
+  int64_t places() const { return places_; }  // vectors in a lane tile of the map
+
+  static constexpr int64_t margin = 64;
 
  private:
-  static constexpr int64_t margin = 64;
+  int64_t length_, pitch_, places_;
   Buffer buffer_;
 };
 
@@ -60,7 +75,7 @@ struct PackedMaps {
 
 // dt_weight (D, R) of one direction as (R, W) for W channels.
 inline void turn_weight(const float* weight, int64_t rank, int64_t channels, float* to) {
-  for (int64_t r = 0; r < rank; ++r) store(to + r * W, lane_parameter(weight + r, rank, channels));
+  rows_to_lanes(Dtype::float32, weight, rank, channels, rank, [&](int64_t r, V x) { store(to + r * W, x); });
 }
 
 // v = weight x_dbl + bias for n steps, packed ones at `x_dbl`; `together` steps at once reuse a weight that is loaded.

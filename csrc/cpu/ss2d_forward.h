@@ -7,37 +7,36 @@ namespace {
 struct Ss2dForwardTask {
   const Ss2dForward& f;
   const PackedMaps& packed;
-  const uint32_t* order;  // of the columns
+  const MapOrder& order;
   int64_t b, first, channels;
   float *x, *y;             // lane tiles of the map
+  V skip;                   // y starts as skip x
   float *v, *dt, *sum;      // lane tiles of a chunk
   float* weight;            // (rank, W)
 };
 
-// n steps of one state; `p` is where step 0 stands in order 0. One state alone adds to y at once; several are summed first.
-template <bool columns, bool reversed, bool alone>
-inline V forward_steps(const Ss2dForwardTask& task, int64_t p, int64_t n, V exponent, const float* B, const float* C, int64_t rows,
-                       bool first_state, V h) {
+// n steps of one state from step p of the order on. One state alone adds to y at once; several are summed first. `starts`: y holds
+// nothing yet.
+template <bool reversed, bool alone, bool starts>
+inline V forward_steps(const Ss2dForwardTask& task, const uint32_t* order, int64_t n, V exponent, const float* B, const float* C,
+                       int64_t rows, bool first_state, V h) {
   for (int64_t walked = 0; walked < n; ++walked) {
-    const int64_t t = reversed ? n - 1 - walked : walked;
-    const int64_t at = (columns ? task.order[p + t] : p + t) * W;
-    if constexpr (columns) {  // hardware prefetchers do not follow columns; past the end the order is padded
-      const int64_t soon = task.order[p + t + (reversed ? -16 : 16)] * W;
-      __builtin_prefetch(task.x + soon);
-      __builtin_prefetch(task.y + soon, 1);
-    }
-    const V step = load(task.dt + t * W);
-    h = fma(exp2(step * exponent), h, step * load(task.x + at) * all(B[t * rows]));
+    const int64_t t = reversed ? n - 1 - walked : walked, at = order[t] * int64_t{W};
+    const int64_t soon = order[t + (reversed ? -steps_ahead : steps_ahead)] * int64_t{W};
+    __builtin_prefetch(task.x + soon);
+    __builtin_prefetch(task.y + soon, 1);
+    const V step = load(task.dt + t * W), x = load(task.x + at);
+    h = fma(exp2(step * exponent), h, step * x * all(B[t * rows]));
     const V term = h * all(C[t * rows]);
     if constexpr (alone)
-      store(task.y + at, load(task.y + at) + term);
+      store(task.y + at, (starts ? x * task.skip : load(task.y + at)) + term);
     else
       store(task.sum + t * W, first_state ? term : load(task.sum + t * W) + term);
   }
   return h;
 }
 
-template <bool columns, bool reversed>
+template <bool reversed, bool starts>
 void forward_direction(const Ss2dForwardTask& task, int64_t k) {
   const Ss2dForward& f = task.f;
   const Ss2dSizes& sizes = f.sizes;
@@ -57,6 +56,7 @@ void forward_direction(const Ss2dForwardTask& task, int64_t k) {
   for (int64_t walked = 0; walked < chunks; ++walked) {
     const int64_t j = reversed ? chunks - 1 - walked : walked, p = j * chunk, n = smaller_of(chunk, L - p);
     const float* steps = task.packed.at(task.b, k) + p * rows;
+    const uint32_t* order = task.order.of(k) + p;
     low_rank(steps, rows, R, task.weight, bias, task.v, n);
     step_sizes_of_lanes(task.v, task.dt, n);
     for (int64_t state = 0; state < N; ++state) {
@@ -64,24 +64,15 @@ void forward_direction(const Ss2dForwardTask& task, int64_t k) {
       if (sizes.chunk != 0) scatter_lanes(h, boundary + j * N + state, sizes.chunks * N, task.channels);
       const float *B = steps + R + state, *C = B + N;
       const V exponent = load(exponents + state * W);
-      h = N == 1 ? forward_steps<columns, reversed, true>(task, p, n, exponent, B, C, rows, true, h)
-                 : forward_steps<columns, reversed, false>(task, p, n, exponent, B, C, rows, state == 0, h);
+      h = N == 1 ? forward_steps<reversed, true, starts>(task, order, n, exponent, B, C, rows, true, h)
+                 : forward_steps<reversed, false, starts>(task, order, n, exponent, B, C, rows, state == 0, h);
       store(states + state * W, h);
     }
     if (N == 1) continue;
     for (int64_t t = 0; t < n; ++t) {
-      float* y = task.y + (columns ? task.order[p + t] : p + t) * W;
-      store(y, load(y) + load(task.sum + t * W));
+      const int64_t at = order[t] * int64_t{W};
+      store(task.y + at, (starts ? load(task.x + at) * task.skip : load(task.y + at)) + load(task.sum + t * W));
     }
-  }
-}
-
-void forward_direction(const Ss2dForwardTask& task, int64_t k) {
-  switch (k) {
-    case 0: return forward_direction<false, false>(task, k);
-    case 1: return forward_direction<true, false>(task, k);
-    case 2: return forward_direction<false, true>(task, k);
-    case 3: return forward_direction<true, true>(task, k);
   }
 }
 
@@ -90,15 +81,16 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
   const int64_t D = sizes.channels, L = sizes.length(), N = sizes.state, blocks = divide_up(D, W);
   const PackedMaps packed(sizes);
   packed.pack(f.x_dbl);
-  const ColumnOrder order(sizes);
+  const MapOrder order(sizes);
   // With fewer blocks of channels than threads, each direction is a task of its own. Either way the directions' terms are rounded
   // before they are added, in the order 0, 1, 2, 3: the same bits.
   const bool split = sizes.batch * blocks < thread_count();
-  const int64_t chunk = sizes.chunk == 0 ? lane_chunk : sizes.chunk, map = L * W;
+  const int64_t chunk = sizes.chunk == 0 ? lane_chunk : sizes.chunk, map = order.places() * W;
   const Buffer apart(split ? 4 * sizes.batch * blocks * 4 * map : 0);
   const auto x_rows = [&](int64_t b, int64_t d) {
     return element(sizes.io, f.x.data, b * f.x.batch + d * f.x.channel);
   };
+  const uint32_t* place = order.of(0);
   const auto skips = [&](int64_t d, int64_t channels) {
     const float* Ds = static_cast<const float*>(f.Ds) + d;
     V sum = lane_parameter(Ds, 1, channels);
@@ -109,15 +101,17 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
     const int64_t item = split ? i / 4 : i, b = item / blocks, d = item % blocks * W, channels = smaller_of(W, D - d);
     float* scratch = static_cast<float*>(thread_scratch(4 * ((split ? 1 : 2) * map + (3 * chunk + sizes.rank + 2 * N) * W)));
     float *x = scratch, *y = split ? apart.floats() + i * map : x + map, *v = split ? x + map : y + map;
-    const Ss2dForwardTask task{f, packed, order.at(), b, d, channels, x, y, v, v + chunk * W, v + 2 * chunk * W, v + 3 * chunk * W};
-    const V skip = split ? all(0.0f) : skips(d, channels);
+    const Ss2dForwardTask task{f, packed, order, b, d, channels, x, y, split ? all(0.0f) : skips(d, channels), v, v + chunk * W, v + 2 * chunk * W, v + 3 * chunk * W};
     rows_to_lanes(sizes.io, x_rows(b, d), f.x.channel, channels, L, [&](int64_t p, V value) {
-      store(x + p * W, value);
-      store(y + p * W, split ? skip : value * skip);
+      store(x + place[p] * int64_t{W}, value);
     });
-    if (split) return forward_direction(task, i % 4);
-    for (int64_t k = 0; k < 4; ++k) forward_direction(task, k);
-    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + p * W); });
+    for (int64_t k = split ? i % 4 : 0; k < (split ? i % 4 + 1 : 4); ++k) {
+      const auto run = k >= 2 ? (split ? forward_direction<true, true> : forward_direction<true, false>)
+                              : (split || k == 0 ? forward_direction<false, true> : forward_direction<false, false>);
+      run(task, k);
+    }
+    if (split) return;
+    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   if (!split) return true;
   parallel(sizes.batch * blocks, [&](int64_t item) {
@@ -125,11 +119,12 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
     float* y = apart.floats() + item * 4 * map;
     const V skip = skips(d, channels);
     rows_to_lanes(sizes.io, x_rows(b, d), f.x.channel, channels, L, [&](int64_t p, V value) {
+      const int64_t at = place[p] * int64_t{W};
       V sum = value * skip;
-      for (int k = 0; k < 4; ++k) sum = sum + load(y + k * map + p * W);
-      store(y + p * W, sum);
+      for (int k = 0; k < 4; ++k) sum = sum + load(y + k * map + at);
+      store(y + at, sum);
     });
-    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + p * W); });
+    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   return true;
 }

@@ -97,5 +97,9 @@ inline void exchange_pieces(V* r) {
   }
 }
 
+inline V sum_pieces(const V* z) {
+  return _mm256_permute2f128_ps(z[0], z[1], 0x20) + _mm256_permute2f128_ps(z[0], z[1], 0x31);
+}
+
 }  // namespace
 }  // namespace dass::cpu

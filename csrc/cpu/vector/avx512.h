@@ -93,5 +93,11 @@ inline void exchange_pieces(V* r) {
   }
 }
 
+inline V sum_pieces(const V* z) {
+  const V x = _mm512_shuffle_f32x4(z[0], z[1], 0x44) + _mm512_shuffle_f32x4(z[0], z[1], 0xee);
+  const V y = _mm512_shuffle_f32x4(z[2], z[3], 0x44) + _mm512_shuffle_f32x4(z[2], z[3], 0xee);
+  return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xdd);
+}
+
 }  // namespace
 }  // namespace dass::cpu

@@ -92,6 +92,7 @@ inline V before_each_group(V x, V carry) {
 }
 
 inline void exchange_pieces(V*) {}  // the rest of a W x W transposition after transpose4 of each four vectors
+inline V sum_pieces(const V* z) { return z[0]; }     // piece g of the result: the sum of the pieces of z[g]
 
 }  // namespace
 }  // namespace dass::cpu
