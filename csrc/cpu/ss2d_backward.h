@@ -170,7 +170,8 @@ void backward_direction(const Ss2dBackwardTask& task, int64_t k, float* slab) {
       store(task.v + i, sigmoid_from(v, e));
       store(task.dt + i, softplus_from(v, e));
     }
-    for (float* tile : {task.d_B, task.d_C, task.d_dt}) fill_row(tile + n * W, 0.0f, (padded - n) * W);
+    float* const tiles[] = {task.d_B, task.d_C, task.d_dt};
+    for (float* tile : tiles) fill_row(tile + n * W, 0.0f, (padded - n) * W);
     for (int64_t state = 0; state < N; ++state) {
       const float *B = steps + R + state, *C = B + N;
       const V entering = lane_parameter(boundary + j * N + state, chunks * N, task.channels);
@@ -276,7 +277,8 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
       Ss2dBackwardTask task{plan, b, d, channels, block != slab * plan.per_slab};
       task.x = take(map), task.g = take(map);
       task.d_x = split ? apart.floats() + ((b * blocks + block) * 4 + i % 4) * map : take(map);
-      for (float** at : {&task.v, &task.dt, &task.a, &task.ah, &task.d_B, &task.d_C, &task.d_dt, &task.d_u}) *at = take(tile);
+      float** const tiles[] = {&task.v, &task.dt, &task.a, &task.ah, &task.d_B, &task.d_C, &task.d_dt, &task.d_u};
+      for (float** at : tiles) *at = take(tile);
       task.turned = take(W * (chunk + 16));
       task.weight = take(R * W), task.d_weight = take(R * W);
       task.mu = take(N * W), task.A = take(N * W), task.d_A = take(N * W);
