@@ -47,20 +47,15 @@ inline void decays_and_inputs(const float* dt, const float* u, const float* B, f
   }
 }
 
-// Scans [0, n) in blocks, in scan order; emit(i, h[4]) receives the states of each block.
+// Scans [0, n) in blocks, in scan order; emit(i, h) receives the states of each block.
 template <bool reversed, typename Emit>
 inline void scan_blocks(const float* a, const float* w, int64_t n, V& carry, Emit emit) {
   for (int64_t walked = 0; walked < n; walked += block) {
     const int64_t i = reversed ? n - block - walked : walked;
-    BlockScan<reversed> scan;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      scan.a[j] = load(a + i + j * W);
-      scan.b[j] = load(w + i + j * W);
-    }
-    scan.compose();
-    scan.apply(carry);
-    emit(i, scan.b);
+    const Block decay = Block::at(a + i).turned();
+    Block h = Block::at(w + i).turned();
+    scan_block<reversed>(decay, h, carry);
+    emit(i, h.turned());
   }
 }
 
@@ -130,21 +125,21 @@ void forward_row(const RowChannel& c, RowForwardScratch& s) {
         const int64_t length = smaller_of(piece, padded - from);
         if (sizes.chunk != 0) store_part(boundary + (begin + from) / sizes.chunk * N + state_index, carry, 1);
         if (N == 1) {
-          scan_blocks<reversed>(s.a + from, s.w + from, length, carry, [&](int64_t i, const V* h) {
+          scan_blocks<reversed>(s.a + from, s.w + from, length, carry, [&](int64_t i, const Block& h) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
               const int64_t at = from + i + j * W;
-              const V value = fma(load(C_row + at), h[j], weight * load(u + at));
+              const V value = fma(load(C_row + at), h.v[j], weight * load(u + at));
               streamed && y != s.y ? stream(y + at, value) : store(y + at, value);
             }
           });
         } else {
           const bool finished = state_index == N - 1 && y != s.y;
-          scan_blocks<reversed>(s.a + from, s.w + from, length, carry, [&](int64_t i, const V* h) {
+          scan_blocks<reversed>(s.a + from, s.w + from, length, carry, [&](int64_t i, const Block& h) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
               const int64_t at = from + i + j * W;
-              store((finished ? y : s.y) + at, fma(load(C_row + at), h[j], load(s.y + at)));
+              store((finished ? y : s.y) + at, fma(load(C_row + at), h.v[j], load(s.y + at)));
             }
           });
         }

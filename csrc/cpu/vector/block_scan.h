@@ -1,13 +1,16 @@
 // The recurrence h = a h + b over a block of 4 W consecutive positions, walked from either end.
 //
-// A block is four vectors in memory order. Transposing 4x4 within 128-bit pieces turns every lane into a run of four positions: three
-// dependent steps compose each run, a log-step scan composes the runs, and the state that enters the block is applied last, as
-// h = P carry + q. So the chain from block to block is one fused multiply-add, and a block's (P, q) does not depend on the carry:
-// computing them first and the carries later, chunk by chunk on several threads, gives the same bits.
+// Four vectors in memory order are turned into "runs" by transposing 4x4 within 128-bit pieces: every lane then holds four
+// consecutive positions, one in each of the four vectors. Three dependent steps compose each run, a log-step scan composes the
+// runs, and the state that enters the block is applied to that, h = P carry + q. So the chain from block to block is one fused
+// multiply-add, and a block's (P, q) does not depend on the carry: computing them first and the carries later, chunk by chunk on
+// several threads, gives the same bits.
 #pragma once
 
 namespace dass::cpu {
 namespace {
+
+constexpr int block = 4 * W;
 
 inline void transpose4(V& a, V& b, V& c, V& d) {
   const V x0 = unpack_low(a, b), x1 = unpack_high(a, b), x2 = unpack_low(c, d), x3 = unpack_high(c, d);
@@ -17,6 +20,26 @@ inline void transpose4(V& a, V& b, V& c, V& d) {
   d = unpack_high_pairs(x1, x3);
 }
 
+// One block of a row, as runs or as it lies; the turn is its own inverse.
+struct Block {
+  V v[4];
+
+  static Block at(const float* p) {
+    return {{load(p), load(p + W), load(p + 2 * W), load(p + 3 * W)}};
+  }
+  void to(float* p) const {
+    store(p, v[0]), store(p + W, v[1]), store(p + 2 * W, v[2]), store(p + 3 * W, v[3]);
+  }
+  void stream_to(float* p) const {
+    stream(p, v[0]), stream(p + W, v[1]), stream(p + 2 * W, v[2]), stream(p + 3 * W, v[3]);
+  }
+  Block turned() const {
+    Block r = *this;
+    transpose4(r.v[0], r.v[1], r.v[2], r.v[3]);
+    return r;
+  }
+};
+
 template <int s, bool reversed>
 inline void compose_step(V& a, V& b) {
   const V b_before = shift<s, reversed>(b, all(0.0f)), a_before = shift<s, reversed>(a, all(1.0f));
@@ -24,47 +47,51 @@ inline void compose_step(V& a, V& b) {
   a = a * a_before;
 }
 
-// Inclusive scan over the lanes of the pairs (a, b), "first f then g" being (a_g a_f, a_g b_f + b_g).
+// What a block does to the state: lane by lane, all runs up to and including that of the lane.
+struct Effect {
+  V P, q;
+};
+
+// Of a block as runs. "First f then g" is (a_g a_f, a_g b_f + b_g).
 template <bool reversed>
-inline void compose_lanes(V& a, V& b) {
-  compose_step<1, reversed>(a, b);
-  compose_step<2, reversed>(a, b);
-  if constexpr (W > 4) compose_step<4, reversed>(a, b);
-  if constexpr (W > 8) compose_step<8, reversed>(a, b);
+inline Effect compose(const Block& a, const Block& b) {
+  constexpr int first = reversed ? 3 : 0, step = reversed ? -1 : 1;
+  V P = a.v[first], q = b.v[first];
+#pragma GCC unroll 4
+  for (int i = 1; i < 4; ++i) {
+    q = fma(a.v[first + i * step], q, b.v[first + i * step]);
+    P = a.v[first + i * step] * P;
+  }
+  P = groups_in_order(P);
+  q = groups_in_order(q);
+  compose_step<1, reversed>(P, q);
+  compose_step<2, reversed>(P, q);
+  if constexpr (W > 4) compose_step<4, reversed>(P, q);
+  if constexpr (W > 8) compose_step<8, reversed>(P, q);
+  return {P, q};
 }
 
-constexpr int block = 4 * W;
-
+// The states that enter each run; the carry (the same in all lanes) moves on to the state after the block.
 template <bool reversed>
-struct BlockScan {
-  V a[4], b[4];  // as loaded; later in runs: lane = run, index = place in the run
-  V P, q;        // composition of all runs up to and including that of the lane
+inline V enter(const Effect& effect, V& carry) {
+  const V after = fma(effect.P, carry, effect.q), before = before_each_group<reversed>(after, carry);
+  carry = last_everywhere<reversed>(after);
+  return before;
+}
 
-  void compose() {
-    transpose4(a[0], a[1], a[2], a[3]);
-    transpose4(b[0], b[1], b[2], b[3]);
-    constexpr int first = reversed ? 3 : 0, step = reversed ? -1 : 1;
+// visit(i) for the places in a run in scan order.
+template <bool reversed, typename Visit>
+inline void along_run(Visit visit) {
 #pragma GCC unroll 4
-    for (int i = 1; i < 4; ++i) {
-      const int here = first + i * step, before = here - step;
-      b[here] = fma(a[here], b[before], b[here]);
-      a[here] = a[here] * a[before];
-    }
-    constexpr int last = reversed ? 0 : 3;
-    P = groups_in_order(a[last]);
-    q = groups_in_order(b[last]);
-    compose_lanes<reversed>(P, q);
-  }
+  for (int i = 0; i < 4; ++i) visit(reversed ? 3 - i : i);
+}
 
-  // b becomes h at every position; the carry (the same in all lanes) the state after the block.
-  void apply(V& carry) {
-    const V h = fma(P, carry, q), before = before_each_group<reversed>(h, carry);
-    carry = last_everywhere<reversed>(h);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) b[i] = fma(a[i], before, b[i]);
-    transpose4(b[0], b[1], b[2], b[3]);
-  }
-};
+// b (as runs) becomes h.
+template <bool reversed>
+inline void scan_block(const Block& a, Block& b, V& carry) {
+  V h = enter<reversed>(compose<reversed>(a, b), carry);
+  along_run<reversed>([&](int i) { b.v[i] = h = fma(a.v[i], h, b.v[i]); });
+}
 
 }  // namespace
 }  // namespace dass::cpu
