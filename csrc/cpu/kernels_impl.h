@@ -25,9 +25,10 @@ bool scan_forward(const ScanForward& f) {
 }
 
 bool scan_backward(const ScanBackward&) { return false; }
+
 bool fits(const Ss2dSizes& sizes) {
-  return sizes.io != Dtype::float64 && sizes.chunk <= 256 && sizes.chunk % 16 == 0 && sizes.state > 0 && sizes.length() > 0 &&
-         sizes.height * (sizes.width + 1) <= UINT32_MAX;
+  return sizes.io != Dtype::float64 && sizes.chunk <= 256 && sizes.chunk % 16 == 0 && sizes.state > 0 && sizes.batch > 0 &&
+         sizes.channels > 0 && sizes.length() > 0 && sizes.height * (sizes.width + 1) <= UINT32_MAX;
 }
 
 bool ss2d_forward(const Ss2dForward& f) { return fits(f.sizes) && ss2d_forward_lanes(f); }
