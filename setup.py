@@ -131,12 +131,17 @@ def extensions():
         "flags": " ".join(common),
     }
     macros = [(f"DASS_OPS_{key.upper()}", f'"{value}"') for key, value in info.items()]
-    import pybind11
+    try:
+        from pybind11 import get_include
+    except ImportError:  # built without isolation: torch brings the headers along
+
+        def get_include():
+            return str(Path(torch.__file__).parent / "include")
 
     build_info = CppExtension(
         "dass_ops._build_info",
         ["csrc/build_info.cpp"],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[get_include()],
         define_macros=macros,
         extra_compile_args={"cxx": common},
     )

@@ -12,7 +12,15 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # only without build isolation: pyproject.toml asks for it otherwise
+    raise SystemExit(
+        f"dass is built with setuptools 77 or later, and this environment has {setuptools.__version__}. "
+        "Either: pip install 'setuptools>=77,<82' (torch bounds it), "
+        "or build with isolation: pip install -e . (without --no-build-isolation)"
+    )
 
 
 def _outer_site_packages():
