@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import CHUNK, SUFFIX, Backend, resolve
+from .backends import CHUNK, MAP_CHUNK, SUFFIX, Backend, resolve
 from .registration import operator, project, state_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -219,7 +219,7 @@ def ss2d(
     backend = resolve(x.device.type, backend)
     if backend is Backend.REFERENCE:
         return _reference_ss2d(x_io, x_dbl, parameters, out_dtype)
-    chunk = _chunk(backend, x_io, x_dbl, *parameters)
+    chunk = _chunk(MAP_CHUNK[backend], x_io, x_dbl, *parameters)
     y, _ = operator("ss2d_forward", SUFFIX[backend])(
         x_io, x_dbl, *parameters, chunk=chunk, out_dtype=_kernel_out(out_dtype, io)
     )
@@ -254,7 +254,7 @@ def ss2d_projected(
     backend = resolve(x.device.type, backend)
     if backend is Backend.REFERENCE:
         return _reference_ss2d(x, project(x, x_proj_weight), parameters, out_dtype)
-    chunk = _chunk(backend, x, x_proj_weight, *parameters)
+    chunk = _chunk(MAP_CHUNK[backend], x, x_proj_weight, *parameters)
     y, _, _ = operator("ss2d_projected_forward", SUFFIX[backend])(
         x, x_proj_weight, *parameters, chunk=chunk, out_dtype=_kernel_out(out_dtype, io)
     )
@@ -290,7 +290,7 @@ def _scan(
         *inputs,
         delta_softplus=delta_softplus,
         reverse=list(reverse),
-        chunk=_chunk(backend, *inputs),
+        chunk=_chunk(CHUNK[backend], *inputs),
         out_dtype=_kernel_out(out_dtype, io),
     )
     return out.to(out_dtype), last_state
@@ -302,10 +302,10 @@ def _reference_ss2d(x, x_dbl, parameters, out_dtype):
         return reference.ss2d(x.to(state), x_dbl.to(state), *parameters).to(out_dtype)
 
 
-def _chunk(backend: Backend, *inputs: Tensor | None) -> int:
+def _chunk(chunk: int, *inputs: Tensor | None) -> int:
     """Steps between the states that a backward needs; 0 where none will follow."""
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return CHUNK[backend] if needed else 0
+    return chunk if needed else 0
 
 
 def _spread(t: Tensor, name, batch, directions, channels, state, length) -> Tensor:

@@ -23,13 +23,6 @@ struct CarryWork {
 constexpr int kCarryWarps = 8;
 
 template <typename T>
-DASS_DEVICE State<T> base2_factor(State<T> A, bool logarithm) {  // A log2(e), of which exp2 is taken
-  using S = State<T>;
-  if constexpr (std::is_same_v<S, double>) return (logarithm ? -exp(A) : A) * S(kLog2E);
-  else return (logarithm ? -expf(A) : A) * S(kLog2E);
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kCarryWarps * kWarp) carry_kernel(const CarryWork work) {
   using S = State<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

@@ -68,21 +68,16 @@ struct LowRankGradients {
   using L = Layout<4>;
   using Rows = LowRankRows<T, 4>;
   static constexpr bool kCores = kTensorCores<T, 4>;
-  static constexpr int kPitch = kCores ? L::kPiece + 8 : 0;  // of a channel of d_v; lanes 4 g + t then meet different banks
+  static constexpr int kPitch = L::kPiece + 8;  // of a channel of d_v; lanes 4 g + t then meet different banks
 
   S* d_v;           // (kChannels, kPitch): of this warp
   S* d_weight;      // (kChannels, per_channel): of this warp; the ranks come first
   int per_channel;
 
-  // Makes d_v known to the whole warp.
-  DASS_DEVICE void share(const Run<S> (&v)[2]) const {
-    if constexpr (kCores) {
-      const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-      __syncwarp();
-      store_run<S>(d_v + g * kPitch + t * kRun, v[0], kRun, true);
-      store_run<S>(d_v + (8 + g) * kPitch + t * kRun, v[1], kRun, true);
-      __syncwarp();
-    }
+  // This lane's place for the run of its channel c.
+  DASS_DEVICE S* place(int c) const {
+    const int lane = threadIdx.x % kWarp;
+    return d_v + (c * L::kGroups + lane / L::kLanes) * kPitch + lane % L::kLanes * kRun;
   }
 
   // d_weight[channel][r] += sum over the steps of d_v x_dbl[r], for the staged ranks first ... end - 1.

@@ -99,4 +99,12 @@ DASS_DEVICE State<T> logistic(State<T> v) {
   return v > S(0) ? r : z * r;
 }
 
+// A log2(e), of which exp2 is taken; or that of A = -exp(logarithm).
+template <typename T>
+DASS_DEVICE State<T> base2_factor(State<T> A, bool logarithm) {
+  using S = State<T>;
+  if constexpr (std::is_same_v<S, double>) return (logarithm ? -exp(A) : A) * S(kLog2E);
+  else return (logarithm ? -expf(A) : A) * S(kLog2E);
+}
+
 }  // namespace dass

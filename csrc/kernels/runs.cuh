@@ -90,6 +90,16 @@ DASS_DEVICE void store_run(T* data, const Run<State<T>>& run, int count, bool ve
   }
 }
 
+template <typename S>
+DASS_DEVICE void read_four(S (&values)[4], const S* data) {  // of memory aligned to four values
+#pragma unroll
+  for (int i = 0; i < 4; i += 16 / static_cast<int>(sizeof(S))) {
+    const Vector<S> v = *reinterpret_cast<const Vector<S>*>(data + i);
+#pragma unroll
+    for (int j = 0; j < static_cast<int>(16 / sizeof(S)); ++j) values[i + j] = v.values[j];
+  }
+}
+
 // Memory of dtype T or of T's state dtype, which of them is known only at run time.
 template <typename T>
 DASS_DEVICE void load_run(Run<State<T>>& run, const void* data, int64_t offset, int count, bool vectors, bool as_state) {

@@ -15,13 +15,16 @@
 
 namespace dass {
 
+// Warps of a block: with many states a thread needs more than the 128 registers that 16 warps leave it.
+constexpr int backward_warps(bool one_state) { return one_state ? kBlockWarps : 12; }
+
 struct Ss2dBackwardWork {
   Ss2dBackward call;
   Ss2dParameters parameters;
   Geometry geometry;
   Staging staging;
   int64_t slabs = 0;  // blocks that share the channels of a tile
-  int64_t sets = 0;   // of Layout::kChannels channels, for a block
+  int sets = 0;       // of Layout::kChannels channels, for a block
   bool vectors = false;
   const void *states[2] = {nullptr, nullptr}, *adjoints[2] = {nullptr, nullptr};  // what enters each piece, as in the summary
   void* slab[2] = {nullptr, nullptr};  // by pair: (slabs, batch, 2, rows, pieces, kPiece)
@@ -29,13 +32,23 @@ struct Ss2dBackwardWork {
   void *part_weight = nullptr, *part_bias = nullptr, *part_A = nullptr, *part_Ds = nullptr;
 };
 
+// What a block knows of the direction at hand. In shared memory, for want of registers.
+struct Ss2dBackwardTurn {
+  Order order;
+  const void* x_dbl;  // of the clip and direction
+  void* d_x;          // of the clip
+  void* slab;         // of the block, clip and direction: (rows, pieces, kPiece)
+  int64_t pieces;     // before those of the clip and direction, in states and adjoints
+};
+
 template <typename T, bool kWhole>
 struct Ss2dBackwardShared {
   using S = State<T>;
   using L = Layout<4>;
+  Ss2dBackwardTurn* turn;
   S *staged, *weights, *A2;  // as in Ss2dForwardShared
   S* back_weights;           // LowRankBackWeights
-  S* d_v;                    // (warps, kChannels, LowRankGradients::kPitch)
+  S* d_v;                    // (warps, kChannels, LowRankGradients::kPitch); meanwhile for other runs
   S* d_x;                    // (kChannels, channel_pitch)
   S* exchanged;              // (2 buffers, warps, kGroups, 4): factor, sum and adjoint sum of a piece; whole map only
   S* parameters;             // (warps, kChannels, rank + 1 + state + 1): gradients of dt_weight, dt_bias, A and Ds
@@ -46,6 +59,7 @@ struct Ss2dBackwardShared {
                                          int state, bool wide_gradient) {
     SharedLayout all(memory);
     exchanged = all.template take<S>(kWhole ? 8 * warps * L::kGroups : 0);
+    turn = all.template take<Ss2dBackwardTurn>(1);
     staged = all.template take<S>(static_cast<size_t>(warps) * LowRankRows<T, 4>::words(staging));
     weights = all.template take<S>(LowRankWeights<T, 4>::words(1, rank));
     back_weights = all.template take<S>(LowRankBackWeights<T>::words(rank));
@@ -61,13 +75,12 @@ struct Ss2dBackwardShared {
 
 template <typename T, bool kWhole, bool kOneState>
 DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2dBackwardShared<T, kWhole>& shared, int k,
-                                         Ss2dPass pass, int64_t b, int64_t tile, int64_t slab, bool first_set,
-                                         int64_t first_channel) {
+                                         Ss2dPass pass, bool first_set, int first_channel) {
   using S = State<T>;
   using L = Layout<4>;
   using Rows = LowRankRows<T, 4>;
   const Ss2dSizes& sizes = work.call.sizes;
-  const Order order(work.geometry, k, tile);
+  const Order& order = shared.turn->order;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Lanes<L::kLanes, false> up{lane % L::kLanes};   // of the states
   const Lanes<L::kLanes, true> down{lane % L::kLanes};  // of mu
@@ -78,12 +91,9 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
   const Rows rows(shared.staged + warp * Rows::words(work.staging), work.staging);
   const LowRankWeights<T, 4> weights{shared.weights};
   const MapTile<T, 4> x_tile{shared.x, false}, d_y_tile{shared.d_y, sizes.out != sizes.io};
-  S* const d_v = shared.d_v + warp * L::kChannels * LowRankGradients<T>::kPitch;
-  S* const parameters = shared.parameters + warp * L::kChannels * per_channel;
+  const LowRankGradients<T> gradients{shared.d_v + warp * L::kChannels * LowRankGradients<T>::kPitch,
+                                      shared.parameters + warp * L::kChannels * per_channel, per_channel};
   const bool low_rank_staged = work.staging.ranks >= rank, states_staged = kOneState || work.staging.states >= state;
-  const T* x_dbl = static_cast<const T*>(work.call.x_dbl.data) + b * work.call.x_dbl.batch + k * work.call.x_dbl.direction;
-  const int64_t row_steps = work.geometry.total[pair] * L::kPiece;  // of a row of the slab
-  S* const slab_rows = static_cast<S*>(work.slab[pair]) + ((slab * sizes.batch + b) * 2 + k / 2) * sizes.rows() * row_steps;
   const int pieces = work.geometry.pieces[pair];
   int buffer = 0;
 
@@ -91,28 +101,31 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
     const bool exists = piece < pieces && order.exists(piece);
     if (!kWhole && !exists) break;
     const Steps steps(order, L::kPiece, piece, up.place * kRun, exists ? kRun : 0);
-    const typename Rows::Source source(x_dbl, work.call.x_dbl.row, order, exists ? piece : 0);
-    S* const slab_piece = slab_rows + order.number(piece) * L::kPiece;
-    const auto add_to_row = [&](int row, S value, bool first) {  // of the step 8 place + group
-      S* at = slab_piece + row * row_steps + up.place * kRun + group;
-      if (exists) *at = first ? value : *at + value;
+    const typename Rows::Source source(static_cast<const T*>(shared.turn->x_dbl), work.call.x_dbl.row, order, exists ? piece : 0);
+    // To the slab's row at some steps of the piece. The address is found anew each time: kept, it would cost registers.
+    const auto add_to_slab = [&](int row, int step, const auto& sums, bool first) {
+      if (!exists) return;
+      S* at = static_cast<S*>(shared.turn->slab) + (row * work.geometry.total[pair] + order.number(piece)) * L::kPiece + step;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(sums) / sizeof(S)); ++i) at[i] = first ? sums[i] : at[i] + sums[i];
     };
     if (low_rank_staged) rows.stage_low_rank(source, 0, rank, work.staging);
     if (states_staged) rows.stage_states(source, 0, rank, state, work.staging);
-    Run<S> v[2], d_B, d_C;  // v becomes its own gradient
+    Run<S> v[2];  // becomes its own gradient
     step_sizes<T, 4>(v, rows, weights, source, work.staging, low_rank_staged, 0, 1, work.parameters, k * D + first_channel + group,
                      present, rank);
-    if constexpr (kOneState)
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) d_B[i] = d_C[i] = S(0);
+    // With many states, what waits for the end of their loop waits in shared memory: v of the second channel, then the slopes.
+    if constexpr (!kOneState) store_run<S>(gradients.place(1), v[1], kRun, true);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int in_block = c * L::kGroups + group;
-      const int64_t d = first_channel + in_block;
-      S* const channel_parameters = parameters + in_block * per_channel;
+      const int d = first_channel + in_block;
+      S* const channel_parameters = gradients.d_weight + in_block * per_channel;
       Run<S> dt, slope, x, g, sum_B, sum_A;
-      x_tile.read_one(x, c, group, work.geometry.channel_pitch, order, steps);
-      d_y_tile.read_one(g, c, group, work.geometry.channel_pitch, order, steps);
+      if constexpr (!kOneState)
+        if (c == 1) load_run<S>(v[1], gradients.place(1), kRun, true);
+      x_tile.read_one(x, c, 0, group, work.geometry.channel_pitch, order, steps);
+      d_y_tile.read_one(g, c, 0, group, work.geometry.channel_pitch, order, steps);
       S sum = 0;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
@@ -122,16 +135,14 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
         sum += dt[i];
         sum_B[i] = sum_A[i] = S(0);
       }
+      if constexpr (!kOneState) store_run<S>(gradients.place(c), slope, kRun, true);
 #pragma unroll 1
       for (int n = 0; n < state; ++n) {
         const int staged_row = states_staged ? n : n % work.staging.states;
         if (!states_staged && staged_row == 0) rows.stage_states(source, n, rank, state, work.staging);
-        Run<S> B, C, a, ah;
+        Run<S> B, C, a, ah, d_B, d_C;
         rows.read_state(B, staged_row, up.place);
         rows.read_state(C, work.staging.states + staged_row, up.place);
-        if constexpr (!kOneState)
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) d_B[i] = d_C[i] = S(0);
         const S A2 = shared.A2[n * L::kChannels + in_block];
         S q = 0, r = 0;
 #pragma unroll
@@ -155,7 +166,7 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           for (int other = warps - 1; other > warp; --other) leaving = all[other * L::kGroups * 4] * leaving + all[other * L::kGroups * 4 + 2];
           buffer ^= 1;
         } else {
-          const int64_t at = (((b * 2 + k / 2) * work.geometry.total[pair] + order.number(piece)) * state + n) * D + d;
+          const int64_t at = ((shared.turn->pieces + order.number(piece)) * state + n) * D + d;
           entering = present[c] ? static_cast<const S*>(work.states[pair])[at] : S(0);
           leaving = present[c] ? static_cast<const S*>(work.adjoints[pair])[at] : S(0);
         }
@@ -167,7 +178,7 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
         for (int i = 0; i < kRun; ++i) {
           ah[i] = a[i] * h;
           h = ah[i] + dt[i] * x[i] * B[i];
-          d_C[i] += g[i] * h;
+          d_C[i] = g[i] * h;
         }
         S d_A = 0;
 #pragma unroll
@@ -178,23 +189,37 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           sum_B[i] += lambda * B[i];
           sum_A[i] += A2 * product;
           d_A += dt[i] * product;
-          d_B[i] += lambda * dt[i] * x[i];
+          d_B[i] = lambda * dt[i] * x[i];
         }
         d_A = sum_over<L::kLanes>(d_A);
         if (up.place == 0) channel_parameters[rank + 1 + n] += d_A;
-        if constexpr (!kOneState) {
-          add_to_row(rank + n, sum_over_groups(d_B, group), first_set && c == 0);
-          add_to_row(rank + state + n, sum_over_groups(d_C, group), first_set && c == 0);
+        if constexpr (kOneState) {  // the two channels of a lane are added up in shared memory
+          if (c == 1) {
+            Run<S> first;
+            load_run<S>(first, gradients.place(0), kRun, true);
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) d_B[i] += first[i];
+            load_run<S>(first, gradients.place(1), kRun, true);
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) d_C[i] += first[i];
+          }
+          store_run<S>(gradients.place(0), d_B, kRun, true);
+          store_run<S>(gradients.place(1), d_C, kRun, true);
+        } else {
+          const S sum_d_B[1] = {sum_over_groups(d_B, group)}, sum_d_C[1] = {sum_over_groups(d_C, group)};
+          add_to_slab(rank + n, up.place * kRun + group, sum_d_B, first_set && c == 0);
+          add_to_slab(rank + state + n, up.place * kRun + group, sum_d_C, first_set && c == 0);
         }
       }
-      S d_bias = 0, d_Ds = 0;
+      if constexpr (!kOneState) load_run<S>(slope, gradients.place(c), kRun, true);
+      S d_bias = 0;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         v[c][i] = slope[i] * (S(1 / kLog2E) * sum_A[i] + x[i] * sum_B[i]);
         d_bias += v[c][i];
-        d_Ds += g[i] * x[i];
         sum_B[i] *= dt[i];  // now d_x
       }
+      if constexpr (!kOneState) store_run<S>(gradients.place(c), v[c], kRun, true);
       S* d_x_tile = shared.d_x + in_block * work.geometry.channel_pitch;
       if (pass == Ss2dPass::first) {
         steps.each(order, [&](int i, int at) { d_x_tile[at] = sum_B[i]; });
@@ -202,6 +227,9 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
         steps.each(order, [&](int i, int at) { d_x_tile[at] += sum_B[i]; });
       } else {  // one skip coefficient serves the four directions; along a row the steps are neighbours in the map
         steps.each(order, [&](int i, int at) { sum_B[i] += d_x_tile[at]; });
+        S d_Ds = 0;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) d_Ds += g[i] * x[i];
         d_Ds = sum_over<L::kLanes>(d_Ds);
         if (up.place == 0) channel_parameters[rank + 1 + state] += d_Ds;
         if (present[c]) {
@@ -209,29 +237,39 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
 #pragma unroll
           for (int i = 0; i < kRun; ++i) sum_B[i] += skip * g[i];
-          store_run<T>(static_cast<T*>(work.call.d_x) + (b * D + d) * sizes.length() + steps.map_position(order), sum_B, steps.count,
+          store_run<T>(static_cast<T*>(shared.turn->d_x) + d * sizes.length() + steps.map_position(order), sum_B, steps.count,
                        work.vectors);
         }
       }
       d_bias = sum_over<L::kLanes>(d_bias);
       if (up.place == 0) channel_parameters[rank] += d_bias;
     }
-    if constexpr (kOneState) {
-      add_to_row(rank, sum_over_groups(d_B, group), first_set);
-      add_to_row(rank + 1, sum_over_groups(d_C, group), first_set);
+    __syncwarp();
+    if constexpr (kOneState) {  // lane: a step; sums over the groups
+      const S* column = gradients.d_v + lane;
+      S sum_d_B[1] = {column[0]}, sum_d_C[1] = {column[L::kGroups * LowRankGradients<T>::kPitch]};
+#pragma unroll
+      for (int i = 1; i < L::kGroups; ++i) {
+        sum_d_B[0] += column[i * LowRankGradients<T>::kPitch];
+        sum_d_C[0] += column[(L::kGroups + i) * LowRankGradients<T>::kPitch];
+      }
+      add_to_slab(rank, lane, sum_d_B, first_set);
+      add_to_slab(rank + 1, lane, sum_d_C, first_set);
+      __syncwarp();
+      store_run<S>(gradients.place(0), v[0], kRun, true);
+      store_run<S>(gradients.place(1), v[1], kRun, true);
+      __syncwarp();
+    } else {
+      load_run<S>(v[0], gradients.place(0), kRun, true);
+      load_run<S>(v[1], gradients.place(1), kRun, true);
     }
-    const LowRankGradients<T> gradients{d_v, parameters, per_channel};
-    gradients.share(v);
     for (int first = 0; first < rank; first += work.staging.ranks) {
       if (!low_rank_staged) rows.stage_low_rank(source, first, rank, work.staging);
       gradients.add_to_weights(v, rows, first, first + work.staging.ranks < rank ? first + work.staging.ranks : rank);
     }
-    gradients.each_row(v, LowRankBackWeights<T>{shared.back_weights}, rank, [&](int r, int step, const auto& sums) {
-      S* at = slab_piece + r * row_steps + step;
-      if (!exists) return;
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(sums) / sizeof(S)); ++i) at[i] = first_set ? sums[i] : at[i] + sums[i];
-    });
+    gradients.each_row(v, LowRankBackWeights<T>{shared.back_weights}, rank,
+                       [&](int r, int step, const auto& sums) { add_to_slab(r, step, sums, first_set); });
+    __syncwarp();
   }
 }
 
@@ -285,22 +323,21 @@ void sum_slabs(const Ss2dBackwardWork& work, const Device& device) {
 }
 
 template <typename T, bool kWhole, bool kOneState>
-__global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_backward_kernel(const Ss2dBackwardWork work) {
+__global__ void __launch_bounds__(backward_warps(kOneState) * kWarp) ss2d_backward_kernel(const Ss2dBackwardWork work) {
   using S = State<T>;
   using L = Layout<4>;
   const Ss2dSizes& sizes = work.call.sizes;
   const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state), per_channel = rank + state + 2;
   const int warps = blockDim.x / kWarp;
-  int64_t index = blockIdx.x;
-  const int64_t slab = index % work.slabs;
-  index /= work.slabs;
-  const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles(), D = sizes.channels;
-  const int64_t part = b * work.geometry.tiles() + tile;
+  const int slabs = static_cast<int>(work.slabs), tiles = static_cast<int>(work.geometry.tiles());
+  const int slab = blockIdx.x % slabs, part = blockIdx.x / slabs, tile = part % tiles, b = part / tiles;
+  const int64_t D = sizes.channels;
   const bool wide = sizes.out != sizes.io;
   const Ss2dBackwardShared<T, kWhole> shared(shared_memory<unsigned char>(), warps, work.staging, work.geometry, rank, state, wide);
 
-  for (int64_t set = 0; set < work.sets; ++set) {
-    const int64_t first_channel = (slab * work.sets + set) * L::kChannels;
+#pragma unroll 1
+  for (int set = 0; set < work.sets; ++set) {
+    const int first_channel = (slab * work.sets + set) * L::kChannels;
     if (first_channel >= D && set > 0) break;
     const int present = static_cast<int>(first_channel >= D                    ? 0
                                          : D - first_channel < L::kChannels ? D - first_channel
@@ -311,26 +348,33 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_backward_kernel(cons
     MapTile<T, 4>{shared.d_y, wide}.load(work.call.d_y, b, first_channel, present, 1, work.geometry, rows);
 #pragma unroll 1
     for (int turn = 0; turn < 4; ++turn) {
-      const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn;  // 1, 3, 2, 0
+      const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn, pair = k % 2;  // 1, 3, 2, 0
       __syncthreads();
+      if (threadIdx.x == 0) {
+        const int64_t total = work.geometry.total[pair], clip = 2 * b + k / 2;
+        *shared.turn = {Order(work.geometry, k, tile),
+                        static_cast<const T*>(work.call.x_dbl.data) + b * work.call.x_dbl.batch + k * work.call.x_dbl.direction,
+                        static_cast<T*>(work.call.d_x) + b * D * sizes.length(),
+                        static_cast<S*>(work.slab[pair]) + (slab * sizes.batch * 2 + clip) * sizes.rows() * total * L::kPiece,
+                        clip * total};
+      }
       load_factors<T>(shared.A2, work.parameters.A_logs, k * D + first_channel, present, L::kChannels, state);
       LowRankWeights<T, 4>{shared.weights}.load(work.parameters.dt_weight, k * D + first_channel, present, 1, rank);
       LowRankBackWeights<T>{shared.back_weights}.load(work.parameters.dt_weight, k * D + first_channel, present, rank);
       for (int i = threadIdx.x; i < warps * L::kChannels * per_channel; i += blockDim.x) shared.parameters[i] = S(0);
       __syncthreads();
       ss2d_backward_direction<T, kWhole, kOneState>(
-          work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, tile, slab, set == 0,
-          first_channel);
+          work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, set == 0, first_channel);
       __syncthreads();
       for (int i = threadIdx.x; i < present * per_channel; i += blockDim.x) {
         const int c = i / per_channel, what = i % per_channel;
-        const int64_t d = first_channel + c;
+        const int d = first_channel + c;
         S sum = 0;
         for (int warp = 0; warp < warps; ++warp) sum += shared.parameters[(warp * L::kChannels + c) * per_channel + what];
-        if (what < rank) static_cast<S*>(work.part_weight)[((part * 4 + k) * D + d) * rank + what] = sum;
-        else if (what == rank) static_cast<S*>(work.part_bias)[(part * 4 + k) * D + d] = sum;
+        if (what < rank) static_cast<S*>(work.part_weight)[((part * int64_t{4} + k) * D + d) * rank + what] = sum;
+        else if (what == rank) static_cast<S*>(work.part_bias)[(part * int64_t{4} + k) * D + d] = sum;
         else if (what <= rank + state)  // d_A_logs = A d_A; A2 is A log2(e)
-          static_cast<S*>(work.part_A)[((part * 4 + k) * D + d) * state + what - rank - 1] =
+          static_cast<S*>(work.part_A)[((part * int64_t{4} + k) * D + d) * state + what - rank - 1] =
               sum * shared.A2[(what - rank - 1) * L::kChannels + c] * S(1 / kLog2E);
         else if (turn == 3) static_cast<S*>(work.part_Ds)[part * D + d] = sum;
       }

@@ -44,6 +44,7 @@ template <typename T, int kLanes, bool kWhole>
 struct Ss2dForwardShared {
   using S = State<T>;
   using L = Layout<kLanes>;
+  Order* order;  // of the direction at hand
   S* staged;     // of each warp: LowRankRows
   S* weights;    // LowRankWeights of the direction at hand
   S* A2;         // (state, channels): A log2(e) of the direction at hand
@@ -58,6 +59,7 @@ struct Ss2dForwardShared {
     const size_t channels = static_cast<size_t>(rounds) * L::kChannels;
     SharedLayout all(memory);
     exchanged = all.template take<S>(kWhole ? 4 * warps * L::kChannels : 0);
+    order = all.template take<Order>(1);
     staged = all.template take<S>(static_cast<size_t>(warps) * LowRankRows<T, kLanes>::words(staging));
     weights = all.template take<S>(LowRankWeights<T, kLanes>::words(rounds, rank));
     A2 = all.template take<S>(state * channels);
@@ -97,30 +99,59 @@ DASS_DEVICE void step_sizes(Run<State<T>> (&v)[2], const LowRankRows<T, kLanes>&
   }
 }
 
-// Boundary states that enter steps of a run: `states` are those of one channel and state, `stride` apart; h enters the run, whose
-// steps stand at place, place + sign, ... of the unreversed sequence.
+// What enters a piece in one channel and state, on a map that is held whole: `factor` and `sum` of this warp's piece are known to
+// its last lanes. One barrier. `carry` has what entered the first warp's piece (0 at the first set), `next` gets what leaves the
+// last one's.
 template <typename S>
-DASS_DEVICE void save_states(S* states, int64_t stride, S h, const Run<S>& a, const Run<S>& w, int count, int64_t place, int sign,
-                             int64_t length) {
-  // A chunk is entered at its first place, walking up, or at its last, walking down: where `mark` is a multiple, or the end.
-  const int64_t mark = sign > 0 ? place : place + 1, lowest = sign > 0 ? mark : mark - count + 1;
-  if ((lowest + count - 1) / kSaveEvery * kSaveEvery < lowest && mark != length) return;
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const int64_t here = mark + sign * i;
-    if (i < count && (here % kSaveEvery == 0 || (sign < 0 && here == length))) states[(place + sign * i) / kSaveEvery * stride] = h;
-    h = a[i] * h + w[i];
+DASS_DEVICE S exchange_pieces(S* exchanged, S factor, S sum, bool last_lane, int slot, int slots, const S* carry, S* next) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (last_lane) {
+    exchanged[(warp * slots + slot) * 2] = factor;
+    exchanged[(warp * slots + slot) * 2 + 1] = sum;
+  }
+  __syncthreads();
+  S h = carry ? *carry : S(0);
+  const S* of = exchanged + slot * 2;
+  for (int earlier = 0; earlier < warp; ++earlier, of += slots * 2) h = of[0] * h + of[1];
+  if (warp == warps - 1 && last_lane) *next = factor * h + sum;
+  return h;
+}
+
+// The same for two channels, `slots` apart in carry and next.
+template <typename S>
+DASS_DEVICE void exchange_pairs(S* exchanged, const S (&factor)[2], const S (&sum)[2], bool last_lane, int slot, int slots,
+                                const S* carry, S* next, S (&h)[2]) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (last_lane) {
+    S* mine = exchanged + (warp * slots + slot) * 4;
+    mine[0] = factor[0], mine[1] = sum[0], mine[2] = factor[1], mine[3] = sum[1];
+  }
+  __syncthreads();
+  h[0] = carry ? carry[0] : S(0);
+  h[1] = carry ? carry[slots] : S(0);
+  const S* of = exchanged + slot * 4;
+  for (int earlier = 0; earlier < warp; ++earlier, of += slots * 4) {
+    S from[4];
+    read_four(from, of);
+    h[0] = from[0] * h[0] + from[1];
+    h[1] = from[2] * h[1] + from[3];
+  }
+  if (warp == warps - 1 && last_lane) {
+    next[0] = factor[0] * h[0] + sum[0];
+    next[slots] = factor[1] * h[1] + sum[1];
   }
 }
 
 template <typename T, int kLanes, bool kWhole, bool kOneState>
 DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dForwardShared<T, kLanes, kWhole>& shared, int k,
-                                        Ss2dPass pass, int64_t b, int64_t tile, int64_t first_channel) {
+                                        Ss2dPass pass, int b, int first_channel) {
   using S = State<T>;
   using L = Layout<kLanes>;
   using Rows = LowRankRows<T, kLanes>;
+  // With one state, the two channels of a lane go together; otherwise one after the other, for want of registers.
+  constexpr int kTogether = kOneState ? 2 : 1;
   const Ss2dSizes& sizes = work.call.sizes;
-  const Order order(work.geometry, k, tile);
+  const Order& order = *shared.order;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Lanes<kLanes, false> lanes{lane % kLanes};
   const int group = lane / kLanes, pair = k % 2, rank = static_cast<int>(sizes.rank);
@@ -143,111 +174,98 @@ DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dF
     if (low_rank_staged) rows.stage_low_rank(source, 0, rank, work.staging);
     if (states_staged) rows.stage_states(source, 0, rank, state, work.staging);
     for (int round = 0; round < work.rounds; ++round) {
-      const int in_block[2] = {round * L::kChannels + group, round * L::kChannels + L::kGroups + group};
-      const bool present[2] = {first_channel + in_block[0] < D, first_channel + in_block[1] < D};
-      const int64_t row = (b * 4 + k) * D + first_channel + in_block[0];  // of the lane's first channel
-      Run<S> dt[2], dtx[2], y[2];
-      step_sizes<T, kLanes>(dt, rows, weights, source, work.staging, low_rank_staged, round, work.rounds, work.parameters,
-                            k * D + first_channel + in_block[0], present, rank);
-      x_tile.read(dtx, round, group, work.geometry.channel_pitch, order, steps);
-      S sum[2] = {0, 0};
+      const int in_block = round * L::kChannels + group;  // the lane's first channel
+      const bool present[2] = {first_channel + in_block < D, first_channel + in_block + L::kGroups < D};
+      Run<S> v[2];
+      step_sizes<T, kLanes>(v, rows, weights, source, work.staging, low_rank_staged, round, work.rounds, work.parameters,
+                            k * D + first_channel + in_block, present, rank);
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
+      for (int first = 0; first < 2; first += kTogether) {
+        Run<S> dt[kTogether], dtx[kTogether], y[kTogether];
+        if constexpr (kTogether == 2) x_tile.read(dtx, round, group, work.geometry.channel_pitch, order, steps);
+        else x_tile.read_one(dtx[0], first, round, group, work.geometry.channel_pitch, order, steps);
+        S sum[kTogether];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          dt[c][i] = i < steps.count ? softplus<T>(dt[c][i]).value : S(0);
-          dtx[c][i] *= dt[c][i];
-          sum[c] += dt[c][i];
-          y[c][i] = S(0);
+        for (int c = 0; c < kTogether; ++c) {
+          sum[c] = S(0);
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            dt[c][i] = i < steps.count ? softplus<T>(v[first + c][i]).value : S(0);
+            dtx[c][i] *= dt[c][i];
+            sum[c] += dt[c][i];
+            y[c][i] = S(0);
+          }
         }
 #pragma unroll 1
-      for (int n = 0; n < state; ++n) {
-        const int staged_row = states_staged ? n : n % work.staging.states;
-        if (!states_staged && staged_row == 0) rows.stage_states(source, n, rank, state, work.staging);
-        Run<S> B, a[2], w[2];
-        rows.read_state(B, staged_row, lanes.place);
-        S factor[2], sum_q[2], entering[2];
+        for (int n = 0; n < state; ++n) {
+          const int staged_row = states_staged ? n : n % work.staging.states;
+          if (!states_staged && staged_row == 0) rows.stage_states(source, n, rank, state, work.staging);
+          Run<S> B, a[kTogether], w[kTogether];
+          rows.read_state(B, staged_row, lanes.place);
+          S factor[kTogether], sum_q[kTogether], h[kTogether];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const S A2 = shared.A2[n * channels + in_block[c]];
-          S q = 0;
+          for (int c = 0; c < kTogether; ++c) {
+            const S A2 = shared.A2[n * channels + in_block + (first + c) * L::kGroups];
+            S q = 0;
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            a[c][i] = exp2_of<T>(dt[c][i] * A2);
-            w[c][i] = dtx[c][i] * B[i];
-            q = a[c][i] * q + w[c][i];
+            for (int i = 0; i < kRun; ++i) {
+              a[c][i] = exp2_of<T>(dt[c][i] * A2);
+              w[c][i] = dtx[c][i] * B[i];
+              q = a[c][i] * q + w[c][i];
+            }
+            factor[c] = exp2_of<T>(sum[c] * A2);
+            sum_q[c] = q;
+            lanes.scan(factor[c], sum_q[c]);
           }
-          factor[c] = exp2_of<T>(sum[c] * A2);
-          sum_q[c] = q;
-          lanes.scan(factor[c], sum_q[c]);
-        }
-        if constexpr (kWhole) {
-          S* mine = shared.exchanged + ((buffer * warps + warp) * L::kGroups + group) * 4;
-          if (lanes.last()) mine[0] = factor[0], mine[1] = sum_q[0], mine[2] = factor[1], mine[3] = sum_q[1];
-          __syncthreads();
-          const int at = (round * state + n) * L::kChannels + group, one_buffer = work.rounds * state * L::kChannels;
-          const S* carry = shared.carry + (s & 1) * one_buffer + at;
-          const S* all = shared.exchanged + (buffer * warps * L::kGroups + group) * 4;
-          entering[0] = s == 0 ? S(0) : carry[0];
-          entering[1] = s == 0 ? S(0) : carry[L::kGroups];
-          for (int earlier = 0; earlier < warp; ++earlier) {
-            const Vector<S> of = *reinterpret_cast<const Vector<S>*>(all + earlier * L::kGroups * 4);
-            entering[0] = of.values[0] * entering[0] + of.values[1];
-            if constexpr (sizeof(S) == 4) {
-              entering[1] = of.values[2] * entering[1] + of.values[3];
-            } else {
-              const Vector<S> second = *reinterpret_cast<const Vector<S>*>(all + earlier * L::kGroups * 4 + 2);
-              entering[1] = second.values[0] * entering[1] + second.values[1];
+          if constexpr (kWhole) {
+            const int at = (round * state + n) * L::kChannels + first * L::kGroups + group;
+            const int one_buffer = work.rounds * state * L::kChannels;
+            const S* carry = shared.carry + (s & 1) * one_buffer + at;
+            S* next = shared.carry + ((s + 1) & 1) * one_buffer + at;
+            S* exchanged = shared.exchanged + buffer * warps * L::kChannels * 2;
+            if constexpr (kTogether == 2) exchange_pairs(exchanged, factor, sum_q, lanes.last(), group, L::kGroups, s == 0 ? nullptr : carry, next, h);
+            else h[0] = exchange_pieces(exchanged, factor[0], sum_q[0], lanes.last(), group, L::kGroups, s == 0 ? nullptr : carry, next);
+            buffer ^= 1;
+          } else {
+            const S* from = static_cast<const S*>(work.states[pair]) +
+                            (((int64_t{2} * b + k / 2) * work.geometry.total[pair] + order.number(piece)) * state + n) * D + first_channel + in_block;
+#pragma unroll
+            for (int c = 0; c < kTogether; ++c) h[c] = present[first + c] ? from[(first + c) * L::kGroups] : S(0);
+          }
+          Run<S> C;
+          rows.read_state(C, work.staging.states + staged_row, lanes.place);
+#pragma unroll
+          for (int c = 0; c < kTogether; ++c) {
+            const S earlier_factor = lanes.before(factor[c], 1), earlier_sum = lanes.before(sum_q[c], 1);
+            S state_here = lanes.first() ? h[c] : earlier_factor * h[c] + earlier_sum;
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) {
+              state_here = a[c][i] * state_here + w[c][i];
+              y[c][i] += C[i] * state_here;
             }
           }
-          if (warp == warps - 1 && lanes.last()) {
-            S* next = shared.carry + ((s + 1) & 1) * one_buffer + at;
-            next[0] = factor[0] * entering[0] + sum_q[0];
-            next[L::kGroups] = factor[1] * entering[1] + sum_q[1];
-          }
-          buffer ^= 1;
-        } else {
-          const S* from = static_cast<const S*>(work.states[pair]) +
-                          (((b * 2 + k / 2) * work.geometry.total[pair] + order.number(piece)) * state + n) * D + first_channel;
-          entering[0] = present[0] ? from[in_block[0]] : S(0);
-          entering[1] = present[1] ? from[in_block[1]] : S(0);
         }
-        Run<S> C;
-        rows.read_state(C, work.staging.states + staged_row, lanes.place);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const S earlier_factor = lanes.before(factor[c], 1), earlier_sum = lanes.before(sum_q[c], 1);
-          S h = lanes.first() ? entering[c] : earlier_factor * entering[c] + earlier_sum;
-          if (sizes.chunks && present[c] && steps.count)
-            save_states<S>(static_cast<S*>(work.call.boundary_states) + (row + c * L::kGroups) * sizes.chunks * state + n, state, h,
-                           a[c], w[c], steps.count, steps.place(order), order.sign, sizes.length());
+        for (int c = 0; c < kTogether; ++c) {
+          S* y_tile = shared.y + (in_block + (first + c) * L::kGroups) * work.geometry.channel_pitch;
+          if (pass == Ss2dPass::first) {
+            steps.each(order, [&](int i, int at) { y_tile[at] = y[c][i]; });
+          } else if (pass == Ss2dPass::add) {
+            steps.each(order, [&](int i, int at) { y_tile[at] += y[c][i]; });
+          } else {  // one skip coefficient serves the four directions; along a row the steps are neighbours in the map
+            Run<S> x;
+            x_tile.read_one(x, first + c, round, group, work.geometry.channel_pitch, order, steps);
+            steps.each(order, [&](int i, int at) { y[c][i] += y_tile[at]; });
+            if (present[first + c]) {
+              const int d = first_channel + in_block + (first + c) * L::kGroups;
+              const S* Ds = static_cast<const S*>(work.parameters.Ds) + d;
+              const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            h = a[c][i] * h + w[c][i];
-            y[c][i] += C[i] * h;
+              for (int i = 0; i < kRun; ++i) y[c][i] += skip * x[i];
+              store_run<T>(work.call.y, (b * D + d) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
+                           sizes.out != sizes.io);
+            }
           }
-        }
-      }
-      S* y_tile = shared.y + in_block[0] * work.geometry.channel_pitch;
-      S* y_second = y_tile + L::kGroups * work.geometry.channel_pitch;
-      if (pass == Ss2dPass::first) {
-        steps.each(order, [&](int i, int at) { y_tile[at] = y[0][i], y_second[at] = y[1][i]; });
-      } else if (pass == Ss2dPass::add) {
-        steps.each(order, [&](int i, int at) { y_tile[at] += y[0][i], y_second[at] += y[1][i]; });
-      } else {  // one skip coefficient serves the four directions; along a row the steps are neighbours in the map
-        Run<S> x[2];
-        x_tile.read(x, round, group, work.geometry.channel_pitch, order, steps);
-        steps.each(order, [&](int i, int at) { y[0][i] += y_tile[at], y[1][i] += y_second[at]; });
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          if (!present[c]) continue;
-          const int64_t d = first_channel + in_block[c];
-          const S* Ds = static_cast<const S*>(work.parameters.Ds) + d;
-          const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) y[c][i] += skip * x[c][i];
-          store_run<T>(work.call.y, (b * D + d) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
-                       sizes.out != sizes.io);
         }
       }
     }
@@ -259,10 +277,9 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const
   using L = Layout<kLanes>;
   const Ss2dSizes& sizes = work.call.sizes;
   const int channels = work.rounds * L::kChannels, state = static_cast<int>(sizes.state), rank = static_cast<int>(sizes.rank);
-  int64_t index = blockIdx.x;
-  const int64_t first_channel = index % work.channel_blocks * channels;
-  index /= work.channel_blocks;
-  const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles();
+  const int channel_blocks = static_cast<int>(work.channel_blocks), tiles = static_cast<int>(work.geometry.tiles());
+  const int first_channel = blockIdx.x % channel_blocks * channels, part = blockIdx.x / channel_blocks;
+  const int tile = part % tiles, b = part / tiles;
   const int present = static_cast<int>(sizes.channels - first_channel < channels ? sizes.channels - first_channel : channels);
   const Ss2dForwardShared<T, kLanes, kWhole> shared(shared_memory<unsigned char>(), blockDim.x / kWarp, work.rounds, work.staging,
                                                     work.geometry, rank, state);
@@ -272,12 +289,16 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const
   for (int turn = 0; turn < 4; ++turn) {
     const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn;  // 1, 3, 2, 0
     __syncthreads();
+    if (threadIdx.x == 0) *shared.order = Order(work.geometry, k, tile);
     load_factors<T>(shared.A2, work.parameters.A_logs, k * sizes.channels + first_channel, present, channels, state);
+    if (sizes.chunks && tile == 0)  // one chunk, entered by zeros
+      for (int i = threadIdx.x; i < present * state; i += blockDim.x)
+        static_cast<State<T>*>(work.call.boundary_states)[((int64_t{4} * b + k) * sizes.channels + first_channel) * state + i] = 0;
     LowRankWeights<T, kLanes>{shared.weights}.load(work.parameters.dt_weight, k * sizes.channels + first_channel, present,
                                                    work.rounds, rank);
     __syncthreads();
     ss2d_forward_direction<T, kLanes, kWhole, kOneState>(
-        work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, tile, first_channel);
+        work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, first_channel);
   }
 }
 

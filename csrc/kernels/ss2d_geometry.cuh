@@ -186,12 +186,12 @@ struct MapTile {
   }
 
   // The run of one of the lane's channels.
-  DASS_DEVICE void read_one(Run<S>& run, int c, int group, int channel_pitch, const Order& order, const Steps& steps) const {
+  DASS_DEVICE void read_one(Run<S>& run, int c, int round, int group, int channel_pitch, const Order& order, const Steps& steps) const {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) run[i] = S(0);
     if constexpr (kPacked) {
       if (!wide) {
-        const uint32_t* tile = static_cast<const uint32_t*>(words) + group * channel_pitch;
+        const uint32_t* tile = static_cast<const uint32_t*>(words) + (round * L::kGroups + group) * channel_pitch;
         steps.each(order, [&](int i, int at) {
           float pair[2];
           unpack<T>(tile[at], pair);
@@ -200,7 +200,7 @@ struct MapTile {
         return;
       }
     }
-    const S* tile = static_cast<const S*>(words) + (c * L::kGroups + group) * channel_pitch;
+    const S* tile = static_cast<const S*>(words) + (round * L::kChannels + c * L::kGroups + group) * channel_pitch;
     steps.each(order, [&](int i, int at) { run[i] = tile[at]; });
   }
 

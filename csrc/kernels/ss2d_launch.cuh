@@ -77,6 +77,12 @@ bool runs_in_vectors(const Geometry& g, const void* data) {
   return in_vectors<T>(data, g.height * g.width) && (g.tiles() == 1 || g.width % kRun == 0);
 }
 
+inline void check_map_chunk(const Ss2dSizes& sizes) {
+  if (sizes.chunk != 0 && sizes.chunk < sizes.length())
+    throw std::runtime_error("chunk is " + std::to_string(sizes.chunk) + "; the CUDA kernels of ss2d save no states inside a map: expected 0 or at least height * width = " +
+                             std::to_string(sizes.length()) + ".");
+}
+
 inline std::string does_not_fit(const Ss2dSizes& sizes) {
   return "The rank " + std::to_string(sizes.rank) + " and the state size " + std::to_string(sizes.state) +
          " are more than the shared memory of this GPU holds.";
@@ -181,7 +187,7 @@ bool plan_ss2d_forward_layout(Ss2dForwardPlan& plan, const Device& device, int64
 template <typename T>
 Ss2dForwardPlan plan_ss2d_forward(const Ss2dForward& call, const Device& device, Scratch& scratch) {
   using S = State<T>;
-  check_chunk(call.sizes.chunk);
+  check_map_chunk(call.sizes);
   Ss2dForwardPlan plan;
   Ss2dForwardWork& work = plan.work;
   work.call = call;
@@ -253,11 +259,12 @@ bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int
   using L = Layout<4>;
   Ss2dBackwardWork& work = plan.work;
   const Ss2dSizes& sizes = work.call.sizes;
-  if (kWhole && sizes.length() > kBlockWarps * L::kPiece) return false;
+  const int most_warps = backward_warps(kSpecial<T> && sizes.state == 1);
+  if (kWhole && sizes.length() > most_warps * L::kPiece) return false;
   work.geometry = kWhole ? whole_map(sizes, L::kPiece) : tiles_of(sizes, L::kPiece, positions);
   const Geometry& g = work.geometry;
   plan.whole = kWhole;
-  const int wanted = kWhole ? std::max(g.pieces[0], g.pieces[1]) : kBlockWarps;
+  const int wanted = kWhole ? std::max(g.pieces[0], g.pieces[1]) : most_warps;
   plan.warps = wanted;
   const auto bytes = [&](int warps, const Staging& staging) {
     return Ss2dBackwardShared<T, kWhole>(nullptr, warps, staging, g, static_cast<int>(sizes.rank), static_cast<int>(sizes.state),
@@ -270,7 +277,7 @@ bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int
   // The channels of a tile are shared out until there is work for the whole GPU; each share costs a slab.
   const int64_t all = divide_up(sizes.channels, L::kChannels), blocks = std::max<int64_t>(sizes.batch * g.tiles(), 1);
   work.slabs = std::min(all, divide_up(kFewBlocks, blocks));
-  work.sets = divide_up(all, work.slabs);
+  work.sets = static_cast<int>(divide_up(all, work.slabs));
   work.slabs = divide_up(all, work.sets);
   return true;
 }
@@ -278,7 +285,7 @@ bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int
 template <typename T>
 Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& device, Scratch& scratch) {
   using S = State<T>;
-  check_chunk(call.sizes.chunk);
+  check_map_chunk(call.sizes);
   Ss2dBackwardPlan plan;
   Ss2dBackwardWork& work = plan.work;
   const Ss2dSizes& sizes = call.sizes;

@@ -22,6 +22,7 @@ template <typename T, bool kAdjoint>
 struct Ss2dSummaryShared {
   using S = State<T>;
   using L = Layout<4>;
+  Order* order;
   S *staged, *weights, *A2;  // as in Ss2dForwardShared
   void *x, *d_y;             // MapTile
   size_t bytes;
@@ -29,6 +30,7 @@ struct Ss2dSummaryShared {
   __host__ __device__ Ss2dSummaryShared(unsigned char* memory, int warps, const Staging& staging, const Geometry& g, int rank,
                                         int state, bool wide_gradient) {
     SharedLayout all(memory);
+    order = all.template take<Order>(1);
     staged = all.template take<S>(static_cast<size_t>(warps) * LowRankRows<T, 4>::words(staging));
     weights = all.template take<S>(LowRankWeights<T, 4>::words(1, rank));
     A2 = all.template take<S>(static_cast<size_t>(state) * L::kChannels);
@@ -39,13 +41,13 @@ struct Ss2dSummaryShared {
 };
 
 template <typename T, bool kAdjoint, bool kOneState>
-DASS_DEVICE void ss2d_summary_direction(const Ss2dSummaryWork& work, const Ss2dSummaryShared<T, kAdjoint>& shared, int k, int64_t b,
-                                        int64_t tile, int64_t first_channel) {
+DASS_DEVICE void ss2d_summary_direction(const Ss2dSummaryWork& work, const Ss2dSummaryShared<T, kAdjoint>& shared, int k, int b,
+                                        int first_channel) {
   using S = State<T>;
   using L = Layout<4>;
   using Rows = LowRankRows<T, 4>;
   const Ss2dSizes& sizes = work.sizes;
-  const Order order(work.geometry, k, tile);
+  const Order& order = *shared.order;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Lanes<L::kLanes, false> lanes{lane % L::kLanes};
   const Lanes<L::kLanes, true> back{lane % L::kLanes};
@@ -78,7 +80,7 @@ DASS_DEVICE void ss2d_summary_direction(const Ss2dSummaryWork& work, const Ss2dS
         dtx[c][i] *= dt[c][i];
         sum[c] += dt[c][i];
       }
-    const int64_t number = (b * 2 + k / 2) * work.geometry.total[pair] + order.number(piece);
+    const int64_t number = (int64_t{2} * b + k / 2) * work.geometry.total[pair] + order.number(piece);
 #pragma unroll 1
     for (int n = 0; n < state; ++n) {
       const int staged_row = states_staged ? n : n % work.staging.states;
@@ -121,10 +123,9 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_summary_kernel(const
   using L = Layout<4>;
   const Ss2dSizes& sizes = work.sizes;
   const int state = static_cast<int>(sizes.state), rank = static_cast<int>(sizes.rank);
-  int64_t index = blockIdx.x;
-  const int64_t first_channel = index % work.channel_blocks * L::kChannels;
-  index /= work.channel_blocks;
-  const int64_t tile = index % work.geometry.tiles(), b = index / work.geometry.tiles();
+  const int channel_blocks = static_cast<int>(work.channel_blocks), tiles = static_cast<int>(work.geometry.tiles());
+  const int first_channel = blockIdx.x % channel_blocks * L::kChannels, part = blockIdx.x / channel_blocks;
+  const int tile = part % tiles, b = part / tiles;
   const int present = static_cast<int>(sizes.channels - first_channel < L::kChannels ? sizes.channels - first_channel : L::kChannels);
   const bool wide = sizes.out != sizes.io;
   const Ss2dSummaryShared<T, kAdjoint> shared(shared_memory<unsigned char>(), blockDim.x / kWarp, work.staging, work.geometry, rank,
@@ -135,10 +136,11 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_summary_kernel(const
 #pragma unroll 1
   for (int k = 0; k < 4; ++k) {
     __syncthreads();
+    if (threadIdx.x == 0) *shared.order = Order(work.geometry, k, tile);
     load_factors<T>(shared.A2, work.parameters.A_logs, k * sizes.channels + first_channel, present, L::kChannels, state);
     LowRankWeights<T, 4>{shared.weights}.load(work.parameters.dt_weight, k * sizes.channels + first_channel, present, 1, rank);
     __syncthreads();
-    ss2d_summary_direction<T, kAdjoint, kOneState>(work, shared, k, b, tile, first_channel);
+    ss2d_summary_direction<T, kAdjoint, kOneState>(work, shared, k, b, first_channel);
   }
 }
 
