@@ -66,9 +66,7 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is not JSON ({error}). Restore the file or write it anew.") from error
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> Path:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Writes named tensors as safetensors, atomically; bitwise what `read_tensors` gives back, on the CPU.
 
     `metadata`: further strings for the file's header. Tensors may be on any device, of any strides and
@@ -131,8 +129,7 @@ def _unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:
         head = file.read(64)
     if head.startswith(LFS_POINTER):
         return CheckpointError(
-            f"{path} is a Git LFS pointer of {size} bytes, not {expected}. "
-            "Fetch the content with `git lfs pull`."
+            f"{path} is a Git LFS pointer of {size} bytes, not {expected}. Fetch the content with `git lfs pull`."
         )
     if "weights_only" in str(error) and "GLOBAL" in str(error):
         what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error))

@@ -1,8 +1,8 @@
 """DASS: from a log-mel spectrogram of any length to the logits of its classes (arXiv 2407.04082).
 
-    model = DASS(DASSConfig.small(num_classes=527))
-    model = DASS.from_pretrained("run/")            # or a checkpoint file, or a name on the Hugging Face hub
-    logits = model(fbank)                           # (batch, frames, mel bins) -> (batch, classes)
+model = DASS(DASSConfig.small(num_classes=527))
+model = DASS.from_pretrained("run/")            # or a checkpoint file, or a name on the Hugging Face hub
+logits = model(fbank)                           # (batch, frames, mel bins) -> (batch, classes)
 """
 
 from __future__ import annotations

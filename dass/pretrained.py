@@ -140,9 +140,7 @@ def _download(repository: str, revision: str | None) -> Path:
             "pip install huggingface_hub."
         ) from error
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[TENSORS, CONFIG, PREPROCESSOR])
-        )
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[TENSORS, CONFIG, PREPROCESSOR]))
         if not (folder / TENSORS).is_file():
             snapshot_download(repository, revision=revision, allow_patterns=[PICKLED])
     except Exception as error:  # the hub's own errors, the network's, the disk's: all mean that it did not come
@@ -246,9 +244,7 @@ def _depths_and_dims(checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int
     return tuple(depths[stage] for stage in stages), tuple(dims[stage] for stage in stages)
 
 
-def fit(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
+def fit(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors as float32 in the expected shapes; CheckpointError names all that do not fit."""
     missing = [name for name in expected if name not in tensors]
     unexpected = [checkpoint.given_names[name] for name in tensors if name not in expected]

@@ -34,9 +34,7 @@ def self_check(backend: Backend, device: str) -> float:
 
     expected = run(torch.float64, "cpu", Backend.REFERENCE)
     got = run(torch.float32, device, backend)
-    return max(
-        float((g.cpu().double() - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True)
-    )
+    return max(float((g.cpu().double() - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
 
 
 def main() -> int:

@@ -16,7 +16,9 @@ def imported(path: Path) -> dict[str, set[str]]:
     """Top-level names of the modules that a file imports: those at import time and those inside functions."""
     found: dict[str, set[str]] = {"top": set(), "inside": set()}
     tree = ast.parse(path.read_text())
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = {alias.name for alias in node.names}

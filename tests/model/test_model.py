@@ -31,9 +31,14 @@ def spectrogram(batch=2, frames=21, mel_bins=24, seed=1, dtype=torch.float32):
     return torch.randn(batch, frames, mel_bins, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize(("size", "classes", "count"), [
-    ("small", 527, 29_884_463), ("medium", 527, 48_648_239), ("tiny", 10, 853_042),
-])
+@pytest.mark.parametrize(
+    ("size", "classes", "count"),
+    [
+        ("small", 527, 29_884_463),
+        ("medium", 527, 48_648_239),
+        ("tiny", 10, 853_042),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(size, classes, count):
     model = DASS(DASSConfig.of_size(size, classes))
     assert sum(p.numel() for p in model.parameters()) == count
@@ -106,12 +111,15 @@ def test_strides_and_dtype_of_the_input_do_not_matter():
     assert torch.equal(model(fbank.double()), model(fbank))
 
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((21, 24), r"\(21, 24\); expected \(batch, frames, 24 mel bins\).*unsqueeze\(0\)"),
-    ((2, 24, 21), r"looks transposed"),
-    ((2, 21, 128), r"expected \(batch, frames, 24 mel bins\)"),
-    ((2, 0, 24), r"1 frame or more"),
-])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((21, 24), r"\(21, 24\); expected \(batch, frames, 24 mel bins\).*unsqueeze\(0\)"),
+        ((2, 24, 21), r"looks transposed"),
+        ((2, 21, 128), r"expected \(batch, frames, 24 mel bins\)"),
+        ((2, 0, 24), r"1 frame or more"),
+    ],
+)
 def test_a_wrong_input_is_told_what_is_expected(shape, message):
     with pytest.raises(ValueError, match=message):
         small_model()(torch.zeros(shape))
@@ -122,15 +130,18 @@ def test_an_integer_input_is_refused():
         small_model()(torch.zeros(1, 4, 24, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"depths": (1, 2, 3)}, "one positive number a stage"),
-    ({"depths": (1, 0)}, "one positive number a stage"),
-    ({"dims": (15, 40)}, "dims starts with 15; expected an even"),
-    ({"num_classes": 0}, "num_classes is 0"),
-    ({"mel_bins": 0}, "mel_bins is 0"),
-    ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
-    ({"id2label": {0: "a", 2: "b"}, "num_classes": 2}, "indices 0 to 2; expected one for each of the 2 classes"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depths": (1, 2, 3)}, "one positive number a stage"),
+        ({"depths": (1, 0)}, "one positive number a stage"),
+        ({"dims": (15, 40)}, "dims starts with 15; expected an even"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"mel_bins": 0}, "mel_bins is 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+        ({"id2label": {0: "a", 2: "b"}, "num_classes": 2}, "indices 0 to 2; expected one for each of the 2 classes"),
+    ],
+)
 def test_a_wrong_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         DASSConfig(**{"depths": (1, 1), "dims": (16, 40)} | changes)

@@ -53,7 +53,10 @@ def vmamba(model, classes=1000):
     colours = torch.randn(first.shape[0], 2, 3, 3)
     tensors["patch_embed.0.weight"] = torch.cat([colours, first - colours.sum(1, keepdim=True)], 1)
     width = model.config.dims[-1]
-    tensors["classifier.head.weight"], tensors["classifier.head.bias"] = torch.randn(classes, width), torch.randn(classes)
+    tensors["classifier.head.weight"], tensors["classifier.head.bias"] = (
+        torch.randn(classes, width),
+        torch.randn(classes),
+    )
     # Some of these files hold the linear layers as 1x1 convolutions.
     return {k: v[:, :, None, None] if k.endswith(("proj.weight", "fc1.weight")) else v for k, v in tensors.items()}
 
@@ -276,12 +279,15 @@ def test_unexpected_tensors_are_named_as_in_the_file(model, tmp_path):
     assert f"1 unexpected: {BLOCK}.op.conv2d.bias" in message and "missing" not in message
 
 
-@pytest.mark.parametrize(("name", "tensor", "told"), [
-    ("mlp.fc1.weight", torch.ones(40, 160), r"(40, 160) for (160, 40)"),
-    ("op.x_proj_weight", torch.ones(4, 40, 5), "(4, 40, 5) for (4, 5, 40)"),
-    ("op.Ds", torch.ones(150), "(150,) for (160,)"),
-    ("op.Ds", torch.ones(160, dtype=torch.int64), "(160,) torch.int64 for (160,)"),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("mlp.fc1.weight", torch.ones(40, 160), r"(40, 160) for (160, 40)"),
+        ("op.x_proj_weight", torch.ones(4, 40, 5), "(4, 40, 5) for (4, 5, 40)"),
+        ("op.Ds", torch.ones(150), "(150,) for (160,)"),
+        ("op.Ds", torch.ones(160, dtype=torch.int64), "(160,) torch.int64 for (160,)"),
+    ],
+)
 def test_misshapen_tensors_are_named_with_both_shapes(model, tmp_path, name, tensor, told):
     message = broken(model, tmp_path, lambda t: t.update({f"{BLOCK}.{name}": tensor}))
     assert f"1 misshapen: {BLOCK}.{name} {told}" in message
@@ -305,14 +311,19 @@ def test_a_name_given_twice(model, tmp_path):
         DASS.from_pretrained(tmp_path / "twice.safetensors")
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"module.v.cls_token": torch.ones(1, 1, 768), "module.v.blocks.0.attn.qkv.bias": torch.ones(9)},
-     r"not a DASS checkpoint: none of its 2 tensors \(module.v.cls_token, .*qkv.bias\)"),
-    ({"epoch": 3, "config": {"lr": 0.1}}, "holds no named tensors but a dict with epoch, config"),
-    ({}, "an empty dict"),
-    ([torch.ones(2)], "a list"),
-    (torch.ones(2), "a Tensor"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"module.v.cls_token": torch.ones(1, 1, 768), "module.v.blocks.0.attn.qkv.bias": torch.ones(9)},
+            r"not a DASS checkpoint: none of its 2 tensors \(module.v.cls_token, .*qkv.bias\)",
+        ),
+        ({"epoch": 3, "config": {"lr": 0.1}}, "holds no named tensors but a dict with epoch, config"),
+        ({}, "an empty dict"),
+        ([torch.ones(2)], "a list"),
+        (torch.ones(2), "a Tensor"),
+    ],
+)
 def test_foreign_files(tmp_path, content, message):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=f"other.pth .*{message}"):
