@@ -1,7 +1,7 @@
 """The operators' tensors, checked and turned into what the kernels are told. Shapes and dtypes: csrc/schema.cpp.
 
-Every error message about an argument is here, and so is every copy that a caller's layout costs: a tensor whose last axis (for
-maps: the last two) is not contiguous is copied once. All other strides are free.
+Every error message about an argument is here, and so is every copy that a caller's layout costs: a tensor whose last axis
+(for maps: the last two) is not contiguous is copied once. All other strides are free.
 """
 
 from math import gcd
@@ -134,6 +134,7 @@ class MapInputs(NamedTuple):
     channels: int
     height: int
     width: int
+    length: int  # height * width
 
 
 class MapSizes(NamedTuple):
@@ -175,6 +176,7 @@ def prepare_map(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, *, chunk, out_dtype) -
         channels,
         height,
         width,
+        height * width,
     )
     return inputs, MapSizes(batch, channels, height * width, state, rank)
 
@@ -206,9 +208,7 @@ def _projection(t: Tensor, name: str, u: Tensor, delta: Tensor, state: int) -> t
     batch, directions, channels, length = delta.shape
     wide = state_dtype(u.dtype)
     _expect_device(t, name, u.device)
-    _expect(
-        t.dim() == 5, name, t, "(batch, directions, groups, state, length) or (1, directions, channels, state, 1)"
-    )
+    _expect(t.dim() == 5, name, t, "(batch, directions, groups, state, length) or (1, directions, channels, state, 1)")
     varies = t.dtype == u.dtype and t.shape[0] == batch and t.shape[4] == length
     constant = t.shape[0] == 1 and t.shape[4] == 1 and t.shape[2] == channels and t.dtype == wide
     if not varies and not constant:
@@ -238,7 +238,9 @@ def _parameter(t, name, shape, axes, dtype, device):
         return None
     _expect_shape(t, name, shape, axes)
     if t.dtype != dtype:
-        raise ValueError(f"{name} has dtype {t.dtype}; expected {dtype}. dass_ops.selective_scan converts; operators do not.")
+        raise ValueError(
+            f"{name} has dtype {t.dtype}; expected {dtype}. dass_ops.selective_scan converts; operators do not."
+        )
     _expect_device(t, name, device)
     return t.contiguous()
 

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from .arguments import prepare_gradients, prepare_scan, state_dtype
 from .forward import (
-    launches, program_of_scan, projection_base, row_of_state, sequence_base, step_sizes,
-)  # fmt: skip
+    launches,
+    program_of_scan,
+    projection_base,
+    row_of_state,
+    sequence_base,
+    step_sizes,
+)
 from .plan import device_size, on_device, scan_plan
 from .primitives import count, inline, sigmoid, total
 from .recurrence import state_backward

@@ -24,9 +24,9 @@ def sequence_base(sequence, batch, direction, first_channel):
 
 @inline
 def projection_base(projection, batch, direction, first_channel):
-    """Where the rows of B or C begin that the channels of a block share; None where they are constant."""
+    """Where the rows of B or C begin that the channels of a block share; where they are constant, all of them."""
     if projection.batch is None:
-        return None
+        return projection.data
     else:
         group = first_channel // projection.group_channels
         return projection.data + (
@@ -138,14 +138,14 @@ def scan_forward_kernel(
     )
     PAIR: tl.constexpr = REVERSE_SECOND is not None
     walk(
-        inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists, chunks,
-        N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
+        inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists,
+        chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
     )  # fmt: skip
     if PAIR:
         tl.debug_barrier()  # the second walk reads what other threads of the program wrote
         walk(
-            inputs, out, summed, last_state, boundary_states, batch, direction + 1, directions, first_channel, row, row_exists,
-            chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
+            inputs, out, summed, last_state, boundary_states, batch, direction + 1, directions, first_channel, row,
+            row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
         )  # fmt: skip
 
 
@@ -172,7 +172,8 @@ def launches(sizes: ScanSizes, reverse: list[bool], softplus: bool, inputs: Scan
     }
     for first, side_by_side, flag, second in runs(reverse, sizes.shared):
         grid = (sizes.batch * side_by_side * blocks,)
-        numbers = (sizes.directions, first, side_by_side, sizes.unit, blocks_per_unit, blocks, plan.chunks(sizes.length))
+        chunks = plan.chunks(sizes.length)
+        numbers = (sizes.directions, first, side_by_side, sizes.unit, blocks_per_unit, blocks, chunks)
         order = {
             "REVERSE": flag,
             "REVERSE_SECOND": second,

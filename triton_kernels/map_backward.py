@@ -17,8 +17,17 @@ from .plan import device_size, map_plan, on_device
 from .primitives import count, inline, settled, total
 from .recurrence import state_backward
 from .tiles import (
-    COLUMN_TILE, load_column, load_map, load_row, load_tile, places_of_chunk, steps_of_chunk, store_map, store_row, store_tile,
-)  # fmt: skip
+    COLUMN_TILE,
+    load_column,
+    load_map,
+    load_row,
+    load_tile,
+    places_of_chunk,
+    steps_of_chunk,
+    store_map,
+    store_row,
+    store_tile,
+)
 
 
 class MapGradients(NamedTuple):
@@ -47,7 +56,7 @@ def walk_map_back(
     state_exists = row_exists & (n_index < N)
     index = tl.arange(0, TILE)[None, :]
     r = tl.arange(0, RANK_PADDED)[:, None]
-    length = tl.cast(inputs.height, tl.int64) * inputs.width
+    length = inputs.length
     first = direction * inputs.channels + first_channel  # row of (4, channels)
     sequence = batch * 4 * inputs.channels + first  # row of (batch, 4, channels)
     x_row = (batch * inputs.channels + first_channel) * length
@@ -73,9 +82,7 @@ def walk_map_back(
         rows_mask = (r < RANK) & exists[None, :]
         rows = load_tile(rows_base + start, r, low_rank.row, step, rows_mask, DTYPE, INDEX)
         dt, slope = lifted(weight, rows, bias, mask, PRECISION, DTYPE)
-        u = load_map(
-            x_base + begin, row, inputs.x.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING
-        )
+        u = load_map(x_base + begin, row, inputs.x.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
         g = load_map(g_base + begin, row, d_y.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
         if PLACING == COLUMN_TILE:
             u, g = settled(u), settled(g)
@@ -99,19 +106,15 @@ def walk_map_back(
             d_A += tl.where(n_index == n, d_A_n, 0.0)
             d_B_row = to.B_and_C + ((slab + n) * length + start)
             store_row(d_B_row, step, exists, total(lam * x, 0))
-            store_row(d_B_row + length * N, step, exists, total(g * h, 0))
+            store_row(d_B_row + tl.cast(length, tl.int64) * N, step, exists, total(g * h, 0))
         d_v = tl.where(mask, d_dt * slope, 0.0)
         d_bias += total(d_v, 1)[:, None]
         store_tile(to.v + (v_row + start), row, length, step, mask, d_v, INDEX)
         d_x = D * g + dt * d_x
         here = x_row + begin
         if not FIRST:
-            d_x += load_map(
-                to.x_sum + here, row, length, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING
-            )
-        store_map(
-            (to.x if LAST else to.x_sum) + here, row, length, row_exists, places, placed, d_x, INDEX, PLACING
-        )
+            d_x += load_map(to.x_sum + here, row, length, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
+        store_map((to.x if LAST else to.x_sum) + here, row, length, row_exists, places, placed, d_x, INDEX, PLACING)
     tl.store(to.A + sequence * N + (row * N + n_index), d_A, mask=state_exists)
     tl.store(to.dt_bias + sequence + row, d_bias, mask=row_exists)
     if FIRST:

@@ -15,8 +15,16 @@ from .plan import Plan, device_size, dot_precision, index_type, map_plan, on_dev
 from .primitives import count, inline, settled, softplus_and_sigmoid
 from .recurrence import state_forward
 from .tiles import (
-    COLUMN_TILE, LowRank, load_column, load_map, load_row, load_tile, places_of_chunk, steps_of_chunk, store_map,
-)  # fmt: skip
+    COLUMN_TILE,
+    LowRank,
+    load_column,
+    load_map,
+    load_row,
+    load_tile,
+    places_of_chunk,
+    steps_of_chunk,
+    store_map,
+)
 
 
 @inline
@@ -48,7 +56,7 @@ def walk_map(
     state_exists = row_exists & (n_index < N)
     index = tl.arange(0, TILE)[None, :]
     r = tl.arange(0, RANK_PADDED)[:, None]
-    length = tl.cast(inputs.height, tl.int64) * inputs.width
+    length = inputs.length
     first = direction * inputs.channels + first_channel  # row of (4, channels)
     sequence = batch * 4 * inputs.channels + first  # row of (batch, 4, channels)
     out_row = (batch * inputs.channels + first_channel) * length
@@ -71,9 +79,7 @@ def walk_map(
         rows_mask = (r < RANK) & exists[None, :]
         rows = load_tile(rows_base + start, r, low_rank.row, step, rows_mask, DTYPE, INDEX)
         dt, _ = lifted(weight, rows, bias, mask, PRECISION, DTYPE)
-        x = load_map(
-            x_base + begin, row, inputs.x.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING
-        )
+        x = load_map(x_base + begin, row, inputs.x.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
         if PLACING == COLUMN_TILE:
             x = settled(x)
         out = D * x
@@ -87,12 +93,8 @@ def walk_map(
             out += C * h_n
         here = out_row + begin
         if not FIRST:
-            out += load_map(
-                summed + here, row, length, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING
-            )
-        store_map(
-            (y if LAST else summed) + here, row, length, row_exists, places, placed, out, INDEX, PLACING
-        )
+            out += load_map(summed + here, row, length, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
+        store_map((y if LAST else summed) + here, row, length, row_exists, places, placed, out, INDEX, PLACING)
 
 
 @inline

@@ -42,7 +42,7 @@ def scan_plan(
     Blocks of channels stay within a `unit` of consecutive channels that share B and C. They get smaller, down to `least`,
     where there would not be two programs for each multiprocessor. `chunk` 0: the kernels' own choice."""
     chunk = min(chunk or CHUNK, power_of_two(length))
-    tile = max(power_of_two(chunk), 16)
+    tile = max(power_of_two(chunk), 32)  # a step to a lane; with fewer, Triton 3.6 fails to compile the gradient
     channels = min(most, max(power_of_two(unit), least))
     while channels > least and sequences // channels < 2 * multiprocessors:
         channels //= 2

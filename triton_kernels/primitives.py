@@ -1,8 +1,8 @@
 """What the kernels are made of: scans of affine maps in either direction, numerics, sums and stores.
 
 Interpreted (TRITON_INTERPRET=1), some things go another way, because Triton's interpreter does them very slowly or wrongly:
-`inline`, `count`, `scan_states`, `scan_adjoint`, `settled`, `total` and `rounded`. `tests/ops/test_triton.py` compares them with what they
-stand for.
+`inline`, `count`, `scan_states`, `scan_adjoint`, `settled`, `total` and `rounded`. `tests/ops/test_triton.py` compares the
+scans and `rounded` with what they stand for.
 """
 
 import triton

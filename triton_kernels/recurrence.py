@@ -1,5 +1,8 @@
-"""One state of a tile: what the scan and its map form have in common. Tiles are (channels, steps), parameters (channels, 1) or, B
-and C, (1, steps); `carried` is (channels, states), what the walk has at the tile's edge."""
+"""One state of a tile: what the scan and its map form have in common.
+
+Tiles are (channels, steps), parameters (channels, 1) or, B and C, (1, steps); `carried` is (channels, states), what the walk
+has at the tile's edge.
+"""
 
 import triton.language as tl
 
@@ -20,11 +23,13 @@ def state_forward(
 
 @inline
 def state_backward(
-    dt, u, x, g, A, B, C, h_in, carried, n, n_index, step, TILE: tl.constexpr, REVERSE: tl.constexpr, ACCURATE: tl.constexpr
-):
+    dt, u, x, g, A, B, C, h_in, carried, n, n_index, step, TILE: tl.constexpr, REVERSE: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):  # fmt: skip
     """h, lam, this state's part of d_dt, its d_A, and the mu carried on; equation (8). h_in (channels, 1) is the state that
     enters the tile, `carried` the mu that leave it."""
-    ENTRY: tl.constexpr = TILE - 1 if REVERSE else 0  # where the forward walk enters the tile and the backward one leaves it
+    # The forward walk enters the tile at ENTRY and leaves it at EXIT; the backward one goes the other way.
+    ENTRY: tl.constexpr = TILE - 1 if REVERSE else 0
     EXIT: tl.constexpr = 0 if REVERSE else TILE - 1
     a = exp_near_zero(dt * A, ACCURATE)
     w = x * B

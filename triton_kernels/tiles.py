@@ -108,8 +108,9 @@ ANY_COLUMNS: tl.constexpr = tl.constexpr(2)
 
 @inline
 def places_of_chunk(
-    start, step, exists, height, width, TILE: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr, INDEX: tl.constexpr
-):
+    start, step, exists, height, width, TILE: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
     """Where on the map the steps of a chunk lie: an offset, 64-bit, the places from there, and which of these exist, as they
     are read: (steps,), or (height, columns) for COLUMN_TILE. The first three arguments: of steps_of_chunk."""
     if PLACING == COLUMN_TILE:
