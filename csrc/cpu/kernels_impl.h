@@ -6,6 +6,7 @@
 #include "cpu/vector/block_scan.h"
 #include "cpu/vector/rows.h"
 #include "cpu/scan_rows_forward.h"
+#include "cpu/scan_rows_backward.h"
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"
 #include "cpu/ss2d_forward.h"
@@ -14,17 +15,13 @@
 namespace dass::cpu {
 namespace {
 
-bool fits(Dtype io, int64_t chunk) {
-  return io != Dtype::float64 && (chunk == 0 || (chunk % block == 0 && row_tile % chunk == 0));
+bool fits(const ScanSizes& sizes) {
+  return sizes.io != Dtype::float64 && sizes.batch > 0 && sizes.channels > 0 && sizes.length > 0 && sizes.state > 0 &&
+         (sizes.chunk == 0 || (sizes.chunk % block == 0 && row_tile % sizes.chunk == 0));
 }
 
-bool scan_forward(const ScanForward& f) {
-  const ScanSizes& sizes = f.sizes;
-  if (!fits(sizes.io, sizes.chunk) || sizes.length == 0 || sizes.state == 0) return false;
-  return scan_forward_rows(f);
-}
-
-bool scan_backward(const ScanBackward&) { return false; }
+bool scan_forward(const ScanForward& f) { return fits(f.sizes) && scan_forward_rows(f); }
+bool scan_backward(const ScanBackward& f) { return fits(f.sizes) && scan_backward_rows(f); }
 
 bool fits(const Ss2dSizes& sizes) {
   return sizes.io != Dtype::float64 && sizes.chunk <= 256 && sizes.chunk % 16 == 0 && sizes.state > 0 && sizes.batch > 0 &&

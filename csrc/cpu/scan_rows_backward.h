@@ -1,0 +1,447 @@
+// The selective scan along rows, backward: see dass_ops/SCAN.md for the equations and block_scan.h for the layout.
+//
+// A task goes through the tiles of a row against the direction of the scan, and in each through its channels: B, C and their
+// gradients stay in the first-level cache for all of them. The states of a tile are recomputed from the one saved at its entry.
+// Everything between loading and storing is in runs ("turned"): five turns a block, where one for each scan's operands and results
+// would be six, and the shared ones are taken once for all channels.
+//
+// d_B and d_C are sums over channels: each task leaves its own in a slab, and the slabs are added in order at the end. How many
+// there are depends on shapes alone.
+#pragma once
+
+namespace dass::cpu {
+namespace {
+
+int64_t lowest_common_multiple(int64_t a, int64_t b) {
+  int64_t x = a, y = b;
+  while (y != 0) {
+    const int64_t rest = x % y;
+    x = y;
+    y = rest;
+  }
+  return a / x * b;
+}
+
+struct RowBackwardPlan {
+  const ScanBackward& f;
+  const ScanSizes& sizes;
+  // A unit is a run of channels that share B and C; it is split further where there are few.
+  int64_t units, per_unit, splits, per_split, row;
+  Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, K, D, N)
+  Buffer d_A, d_D, d_bias;   // (batch, K, D, N), (batch, K, D) twice
+  Buffer d_u;                // (batch, D, L): where directions are summed and d_u is too short to hold the sum
+  bool streamed;
+
+  explicit RowBackwardPlan(const ScanBackward& f)
+      : f(f),
+        sizes(f.sizes),
+        units(lowest_common_multiple(f.B.constant ? 1 : f.B.groups, f.C.constant ? 1 : f.C.groups)),
+        per_unit(sizes.channels / units),
+        splits(divide_up(per_unit, divide_up(per_unit, wanted_splits(sizes, units)))),
+        per_split(divide_up(per_unit, splits)),
+        row(round_up(sizes.length, block)),
+        d_B(4 * slab_elements(f.B)),
+        d_C(4 * slab_elements(f.C)),
+        d_A(4 * sequences() * sizes.state),
+        d_D(4 * sequences()),
+        d_bias(4 * sequences()),
+        d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
+        streamed(sizes.io == Dtype::float32 && sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
+                 (reinterpret_cast<uintptr_t>(f.d_u) | reinterpret_cast<uintptr_t>(f.d_delta)) % 64 == 0) {}
+
+  static int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
+    return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
+  }
+  int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
+  int64_t slab_elements(const Projection& p) const {
+    return p.constant ? sequences() * sizes.state : sizes.batch * sizes.directions * units * splits * sizes.state * row;
+  }
+};
+
+struct alignas(64) RowBackwardScratch {
+  float dt[row_tile], slope[row_tile], u[row_tile], g[row_tile], a[row_tile], ah[row_tile], d_dt[row_tile], d_u[row_tile],
+      y[row_tile], spare[row_tile];
+  float constant_B[block], constant_C[block];
+};
+
+// A stretch of a row, block by block as runs.
+struct TurnedRow {
+  Dtype type;
+  const void* at;
+
+  TurnedRow(Dtype type, const void* row, int64_t begin, int64_t n, int64_t padded, float* spare, float pad = 0.0f)
+      : type(type), at(element(type, row, begin)) {
+    if (n == padded) return;
+    load_row(type, at, spare, n, padded);
+    for (int64_t i = n; i < padded; ++i) spare[i] = pad;
+    this->type = Dtype::float32;
+    at = spare;
+  }
+  Block operator()(int64_t i) const {
+    if (type == Dtype::float32) return Block::at(static_cast<const float*>(at) + i).turned();
+    const uint16_t* p = static_cast<const uint16_t*>(at) + i;
+    Block r;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) r.v[j] = type == Dtype::bfloat16 ? load_bfloat16(p + j * W) : load_float16(p + j * W);
+    return r.turned();
+  }
+};
+
+// The other way: runs, block by block, to a stretch of n elements.
+inline void store_turned(Dtype type, void* row, int64_t begin, int64_t n, int64_t padded, float* from, bool streamed) {
+  if (type == Dtype::float32 && n == padded) {
+    float* to = static_cast<float*>(row) + begin;
+    for (int64_t i = 0; i < n; i += block) {
+      const Block natural = Block::at(from + i).turned();
+      streamed ? natural.stream_to(to + i) : natural.to(to + i);
+    }
+  } else {
+    for (int64_t i = 0; i < padded; i += block) Block::at(from + i).turned().to(from + i);
+    store_row(type, element(type, row, begin), from, n);
+  }
+}
+
+// B or C of a task for one state of a tile, and its gradient: rows as runs, or one block that serves every place.
+struct TurnedProjection {
+  const float* data;
+  float* gradient;
+  bool constant;
+
+  int64_t place(int64_t i) const { return constant ? i % block : i; }
+};
+
+template <bool reversed, typename Visit>
+inline void along_states(const float* dt, const float* u, const TurnedProjection& B, V exponent, int64_t n, V carry, Visit visit) {
+  for (int64_t walked = 0; walked < n; walked += block) {
+    const int64_t i = reversed ? n - block - walked : walked;
+    const Block step = Block::at(dt + i), x = Block::at(u + i), b = Block::at(B.data + B.place(i));
+    Block a, w;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) a.v[j] = exp2(step.v[j] * exponent);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) w.v[j] = step.v[j] * x.v[j] * b.v[j];
+    V h = enter<reversed>(compose<reversed>(a, w), carry);
+    along_run<reversed>([&](int j) {
+      const V ah = a.v[j] * h;
+      h = ah + w.v[j];
+      visit(i + j * W, a.v[j], ah, h);
+    });
+  }
+}
+
+// One channel's tile.
+struct RowBackwardTile {
+  const RowBackwardPlan& plan;
+  RowBackwardScratch& s;
+  int64_t b, k, d, begin, n, padded;
+  const float* entering;              // states that enter the tile
+  const TurnedProjection *B, *C;      // of each state
+  float *mu, *d_A, *d_D, *d_bias;     // vectors: (N), (N), one, one
+  float* d_u_sum;                     // where directions are summed: the channel's row
+  bool first, last;                   // of the directions that are summed
+
+  const void* row(Dtype type, const Sequence& of) const {
+    return element(type, of.data, b * of.batch + k * of.direction + d * of.channel);
+  }
+};
+
+// Step sizes, their slope with respect to delta, u and g, as runs.
+inline void load_tile(const RowBackwardTile& t, float bias) {
+  const ScanBackward& f = t.plan.f;
+  const ScanSizes& sizes = t.plan.sizes;
+  RowBackwardScratch& s = t.s;
+  const V shift_by = all(bias);
+  const auto ahead = [&](Dtype type, const void* row, int64_t channel, int64_t i) {
+    const void* at = element(type, row, channel + t.begin + i);
+    for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
+  };
+  {  // What lies beyond the end gets a step size of 0, which leaves the state as it is.
+    const void* row = t.row(sizes.io, f.delta);
+    const TurnedRow delta(sizes.io, row, t.begin, t.n, t.padded, s.spare, sizes.delta_softplus ? -__builtin_inff() : -bias);
+    for (int64_t i = 0; i < t.padded; i += block) {
+      ahead(sizes.io, row, f.delta.channel, i);
+      const Block v = delta(i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const V shifted = v.v[j] + shift_by;
+        store(s.dt + i + j * W, shifted);
+        if (sizes.delta_softplus) store(s.slope + i + j * W, exp_of_negative_magnitude(shifted));
+      }
+    }
+  }
+  if (sizes.delta_softplus)
+    for (int64_t i = 0; i < t.padded; i += W) {
+      const V v = load(s.dt + i), e = load(s.slope + i);
+      store(s.dt + i, softplus_from(v, e));
+      store(s.slope + i, sigmoid_from(v, e));
+    }
+  else
+    for (int64_t i = 0; i < t.padded; i += block) {
+      for (int64_t j = i; j < i + block; ++j) s.slope[j] = j < t.n ? 1.0f : 0.0f;
+      Block::at(s.slope + i).turned().to(s.slope + i);
+    }
+  const void *u_row = t.row(sizes.io, f.u), *g_row = t.row(sizes.out, f.d_out);
+  const TurnedRow u(sizes.io, u_row, t.begin, t.n, t.padded, s.spare);
+  for (int64_t i = 0; i < t.padded; i += block) {
+    ahead(sizes.io, u_row, f.u.channel, i);
+    u(i).to(s.u + i);
+  }
+  const TurnedRow g(sizes.out, g_row, t.begin, t.n, t.padded, s.spare);
+  for (int64_t i = 0; i < t.padded; i += block) {
+    ahead(sizes.out, g_row, f.d_out.channel, i);
+    g(i).to(s.g + i);
+  }
+}
+
+// Through the gate: y again, d_z from it, and g becomes the gradient of y.
+template <bool reversed>
+inline void gate_tile(const RowBackwardTile& t, const float* A, float skip) {
+  const ScanBackward& f = t.plan.f;
+  const ScanSizes& sizes = t.plan.sizes;
+  RowBackwardScratch& s = t.s;
+  for (int64_t i = 0; i < t.padded; i += W) store(s.y + i, load(s.u + i) * all(skip));
+  for (int64_t state = 0; state < sizes.state; ++state) {
+    const TurnedProjection& C = t.C[state];
+    along_states<reversed>(s.dt, s.u, t.B[state], all(A[state] * log2_e), t.padded, all(t.entering[state]),
+                           [&](int64_t i, V, V, V h) { store(s.y + i, fma(load(C.data + C.place(i)), h, load(s.y + i))); });
+  }
+  const TurnedRow z(sizes.io, t.row(sizes.io, f.z), t.begin, t.n, t.padded, s.spare);
+  for (int64_t i = 0; i < t.padded; i += block) {
+    const Block gates = z(i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = i + j * W;
+      const V x = gates.v[j], gate = sigmoid_from(x, exp_of_negative_magnitude(x)), g = load(s.g + at);
+      store(s.g + at, g * x * gate);
+      store(s.y + at, g * load(s.y + at) * gate * fma(x, all(1.0f) - gate, all(1.0f)));
+    }
+  }
+  const int64_t sequence = (t.b * sizes.directions + t.k) * sizes.channels + t.d;
+  store_turned(sizes.io, f.d_z, sequence * sizes.length + t.begin, t.n, t.padded, s.y, false);
+}
+
+template <bool reversed>
+void backward_tile(const RowBackwardTile& t) {
+  const RowBackwardPlan& plan = t.plan;
+  const ScanBackward& f = plan.f;
+  const ScanSizes& sizes = plan.sizes;
+  RowBackwardScratch& s = t.s;
+  const int64_t N = sizes.state, L = sizes.length, channel = t.k * sizes.channels + t.d;
+  const auto of_channel = [&](const void* data) { return data == nullptr ? 0.0f : static_cast<const float*>(data)[channel]; };
+  const float skip = of_channel(f.D);
+  const float* As = static_cast<const float*>(f.A) + channel * N;
+  load_tile(t, of_channel(f.delta_bias));
+  if (f.z.data != nullptr) gate_tile<reversed>(t, As, skip);
+  V d_D = load(t.d_D), d_bias = load(t.d_bias);
+  for (int64_t state = 0; state < N; ++state) {
+    const TurnedProjection &B = t.B[state], &C = t.C[state];
+    along_states<reversed>(s.dt, s.u, B, all(As[state] * log2_e), t.padded, all(t.entering[state]), [&](int64_t i, V a, V ah, V h) {
+      store(s.a + i, a);
+      store(s.ah + i, ah);
+      float* d_C = C.gradient + C.place(i);
+      store(d_C, fma(load(s.g + i), h, load(d_C)));
+    });
+    const bool starts = state == 0, ends = state == N - 1;
+    const V A = all(As[state]);
+    V mu = load(t.mu + state * W), d_A = load(t.d_A + state * W);
+    for (int64_t walked = 0; walked < t.padded; walked += block) {
+      const int64_t i = reversed ? walked : t.padded - block - walked;
+      const Block a = Block::at(s.a + i), g = Block::at(s.g + i), c = Block::at(C.data + C.place(i));
+      Block Cg, aCg;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Cg.v[j] = c.v[j] * g.v[j];
+        aCg.v[j] = a.v[j] * Cg.v[j];
+      }
+      V leaving = enter<!reversed>(compose<!reversed>(a, aCg), mu);
+      along_run<!reversed>([&](int j) {
+        const int64_t at = i + j * W;
+        const V lambda = leaving + Cg.v[j];
+        leaving = a.v[j] * lambda;
+        const V by_step = lambda * load(s.dt + at), b = load(B.data + B.place(at)), u = load(s.u + at), ah = load(s.ah + at);
+        float* d_B = B.gradient + B.place(at);
+        store(d_B, fma(by_step, u, load(d_B)));
+        d_A = fma(by_step, ah, d_A);
+        V d_dt = lambda * fma(A, ah, b * u);
+        V d_u = fma(by_step, b, starts ? g.v[j] * all(skip) : load(s.d_u + at));
+        if (!starts) d_dt = d_dt + load(s.d_dt + at);
+        if (ends) {
+          d_dt = d_dt * load(s.slope + at);
+          d_bias = d_bias + d_dt;
+          d_D = fma(g.v[j], u, d_D);
+        }
+        store(s.d_dt + at, d_dt);
+        store(s.d_u + at, d_u);
+      });
+    }
+    store(t.mu + state * W, mu);
+    store(t.d_A + state * W, d_A);
+  }
+  store(t.d_D, d_D);
+  store(t.d_bias, d_bias);
+  const int64_t sequence = (t.b * sizes.directions + t.k) * sizes.channels + t.d;
+  store_turned(sizes.io, f.d_delta, sequence * L + t.begin, t.n, t.padded, s.d_dt, plan.streamed);
+  if (!sizes.shared) return store_turned(sizes.io, f.d_u, sequence * L + t.begin, t.n, t.padded, s.d_u, plan.streamed);
+  float* sum = t.d_u_sum + t.begin;
+  for (int64_t i = 0; i < t.padded; i += block) Block::at(s.d_u + i).turned().to(s.d_u + i);
+  if (!t.first)
+    for (int64_t i = 0; i < t.n; i += W)
+      store(s.d_u + i, load(s.d_u + i) + load_part(sum + i, static_cast<int>(smaller_of(W, t.n - i))));
+  t.last ? store_row(sizes.io, element(sizes.io, f.d_u, (t.b * sizes.channels + t.d) * L + t.begin), s.d_u, t.n)
+         : store_row(Dtype::float32, sum, s.d_u, t.n);
+}
+
+// What a task keeps beside a tile's scratch, in vectors: for each channel mu and d_A of each state, d_D, d_bias, and the sums for
+// constant B and C; for each state a tile of B, C and their gradients.
+struct RowBackwardMemory {
+  int64_t of_channel, channels, N;
+  float* at;
+
+  static int64_t vectors_of_channel(int64_t N) { return 2 * N + 2 + 8 * N; }
+  static int64_t floats(int64_t channels, int64_t N) { return channels * vectors_of_channel(N) * W + 4 * N * row_tile; }
+
+  float* mu(int64_t c) const { return at + c * of_channel; }
+  float* d_A(int64_t c) const { return mu(c) + N * W; }
+  float* d_D(int64_t c) const { return d_A(c) + N * W; }
+  float* d_bias(int64_t c) const { return d_D(c) + W; }
+  float* constant(int64_t c, bool is_C) const { return d_bias(c) + W + (is_C ? N * block : 0); }
+  float* tile(int64_t which, int64_t state) const { return at + channels * of_channel + (which * N + state) * row_tile; }
+};
+
+inline float sum_of_row(const float* row, int64_t n) {
+  V sum = load(row);
+  for (int64_t i = W; i < n; i += W) sum = sum + load(row + i);
+  return sum_of_lanes(sum);
+}
+
+template <bool reversed>
+void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t unit, int64_t split, RowBackwardScratch& s,
+                   const RowBackwardMemory& memory, TurnedProjection* projections, bool first_direction, bool last_direction) {
+  const ScanBackward& f = plan.f;
+  const ScanSizes& sizes = plan.sizes;
+  const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, bk = b * sizes.directions + k;
+  const int64_t first = unit * plan.per_unit + split * plan.per_split;
+  const int64_t end = smaller_of(first + plan.per_split, (unit + 1) * plan.per_unit), channels = end - first;
+  const float* boundary = static_cast<const float*>(f.boundary_states) + (bk * D + first) * sizes.chunks * N;
+  for (int64_t c = 0; c < channels; ++c) {
+    fill_row(memory.mu(c), 0.0f, memory.of_channel);
+    if (f.d_last_state == nullptr) continue;
+    const float* seed = static_cast<const float*>(f.d_last_state) + (bk * D + first + c) * N;
+    for (int64_t n = 0; n < N; ++n) store(memory.mu(c) + n * W, all(seed[n]));
+  }
+  const Projection* const sources[] = {&f.B, &f.C};
+  const Buffer* const slabs[] = {&plan.d_B, &plan.d_C};
+  const auto slab = [&](int which, int64_t state) {
+    return slabs[which]->floats() + (((bk * plan.units + unit) * plan.splits + split) * N + state) * plan.row;
+  };
+  const int64_t tiles = divide_up(L, row_tile);
+  for (int64_t walked = 0; walked < tiles; ++walked) {
+    const int64_t begin = (reversed ? walked : tiles - 1 - walked) * row_tile, n = smaller_of(row_tile, L - begin);
+    const int64_t padded = round_up(n, block), entry = reversed ? (begin + n - 1) / sizes.chunk : begin / sizes.chunk;
+    for (int which = 0; which < 2; ++which) {
+      const Projection& p = *sources[which];
+      if (p.constant) continue;
+      const void* group = element(sizes.io, p.data, b * p.batch + k * p.direction + first / (D / p.groups) * p.group);
+      for (int64_t state = 0; state < N; ++state) {
+        float *to = memory.tile(which, state), *gradient = memory.tile(2 + which, state);
+        const TurnedRow row(sizes.io, element(sizes.io, group, state * p.state), begin, n, padded, s.spare);
+        for (int64_t i = 0; i < padded; i += block) row(i).to(to + i);
+        fill_row(gradient, 0.0f, padded);
+        projections[which * N + state] = {to, gradient, false};
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int which = 0; which < 2; ++which) {
+        if (!sources[which]->constant) continue;
+        const float* values = static_cast<const float*>(sources[which]->data) + (k * D + first + c) * N;
+        for (int64_t state = 0; state < N; ++state) {
+          float* to = memory.tile(which, state);
+          fill_row(to, values[state], block);
+          projections[which * N + state] = {to, memory.constant(c, which == 1) + state * block, true};
+        }
+      }
+      float* sum = !sizes.shared                       ? nullptr
+                   : sizes.io == Dtype::float32 ? static_cast<float*>(f.d_u) + (b * D + first + c) * L
+                                                : plan.d_u.floats() + (b * D + first + c) * L;
+      backward_tile<reversed>({plan, s, b, k, first + c, begin, n, padded, boundary + (c * sizes.chunks + entry) * N, projections,
+                               projections + N, memory.mu(c), memory.d_A(c), memory.d_D(c), memory.d_bias(c), sum, first_direction,
+                               last_direction});
+    }
+    for (int which = 0; which < 2; ++which)
+      if (!sources[which]->constant)
+        for (int64_t state = 0; state < N; ++state)
+          for (int64_t i = 0; i < padded; i += block)
+            Block::at(memory.tile(2 + which, state) + i).turned().to(slab(which, state) + begin + i);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t sequence = bk * D + first + c;
+    for (int64_t state = 0; state < N; ++state) {
+      plan.d_A.floats()[sequence * N + state] = sum_of_lanes(load(memory.d_A(c) + state * W));
+      if (f.initial_state != nullptr)
+        store_part(static_cast<float*>(f.d_initial_state) + sequence * N + state, load(memory.mu(c) + state * W), 1);
+      for (int which = 0; which < 2; ++which)
+        if (sources[which]->constant)
+          slabs[which]->floats()[sequence * N + state] = sum_of_row(memory.constant(c, which == 1) + state * block, block);
+    }
+    plan.d_D.floats()[sequence] = sum_of_lanes(load(memory.d_D(c)));
+    plan.d_bias.floats()[sequence] = sum_of_lanes(load(memory.d_bias(c)));
+  }
+}
+
+inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t n) {
+  float* sum = static_cast<float*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    float total = 0.0f;
+    for (int64_t b = 0; b < batch; ++b) total += from.floats()[b * n + i];
+    sum[i] = total;
+  }
+}
+
+void finish_projection(const RowBackwardPlan& plan, const Projection& p, const Buffer& slabs, void* to) {
+  const ScanSizes& sizes = plan.sizes;
+  const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
+  if (p.constant) return add_over_batch(slabs, to, sizes.batch, K * sizes.channels * N);
+  const int64_t per_group = plan.units / G * plan.splits;
+  parallel(sizes.batch * K * G * N, [&](int64_t i) {
+    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * plan.row;
+    float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
+    for (int64_t begin = 0; begin < L; begin += row_tile) {
+      const int64_t n = smaller_of(row_tile, L - begin);
+      for (int64_t l = 0; l < n; l += W) {
+        V total = load(first + begin + l);
+        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * plan.row + begin + l);
+        store(sum + l, total);
+      }
+      store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
+    }
+  });
+}
+
+bool scan_backward_rows(const ScanBackward& f) {
+  const RowBackwardPlan plan(f);
+  const ScanSizes& sizes = f.sizes;
+  const int64_t N = sizes.state, outputs = sizes.outputs();
+  parallel(sizes.batch * outputs * plan.units * plan.splits, [&](int64_t item) {
+    const int64_t split = item % plan.splits, unit = item / plan.splits % plan.units, bo = item / (plan.splits * plan.units);
+    const int64_t b = bo / outputs, o = bo % outputs;
+    const int64_t kept = RowBackwardMemory::floats(plan.per_split, N);
+    void* scratch = thread_scratch(sizeof(RowBackwardScratch) + 4 * kept + 2 * N * sizeof(TurnedProjection));
+    auto* s = static_cast<RowBackwardScratch*>(scratch);
+    const RowBackwardMemory memory{RowBackwardMemory::vectors_of_channel(N) * W, plan.per_split, N, reinterpret_cast<float*>(s + 1)};
+    auto* projections = reinterpret_cast<TurnedProjection*>(memory.at + kept);
+    const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
+    for (int64_t k = first; k <= last; ++k) {
+      const auto run = sizes.reversed(k) ? backward_rows<true> : backward_rows<false>;
+      run(plan, b, k, unit, split, *s, memory, projections, k == first, k == last);
+    }
+  });
+  finish_projection(plan, f.B, plan.d_B, f.d_B);
+  finish_projection(plan, f.C, plan.d_C, f.d_C);
+  add_over_batch(plan.d_A, f.d_A, sizes.batch, sizes.directions * sizes.channels * N);
+  if (f.D != nullptr) add_over_batch(plan.d_D, f.d_D, sizes.batch, sizes.directions * sizes.channels);
+  if (f.delta_bias != nullptr) add_over_batch(plan.d_bias, f.d_delta_bias, sizes.batch, sizes.directions * sizes.channels);
+  return true;
+}
+
+}  // namespace
+}  // namespace dass::cpu
