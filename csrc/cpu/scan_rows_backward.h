@@ -46,7 +46,7 @@ struct RowBackwardPlan {
         d_D(4 * sequences()),
         d_bias(4 * sequences()),
         d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
-        streamed(sizes.io == Dtype::float32 && sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
+        streamed(sizes.io == Dtype::float32 && 2 * sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
                  (reinterpret_cast<uintptr_t>(f.d_u) | reinterpret_cast<uintptr_t>(f.d_delta)) % 64 == 0) {}
 
   static int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {

@@ -109,6 +109,9 @@ void forward_row(const RowChannel& c, RowForwardScratch& s) {
     const auto ahead = [&](const Sequence& of, const void* row) {
       return Ahead{static_cast<const char*>(row) + (soon / L * of.channel + soon % L) * size_of(io), size_of(io)};
     };
+    if (!streamed)
+      for (int64_t i = 0; i < n; i += 16)
+        __builtin_prefetch(element(sizes.out, out_row, (shared ? soon % L : soon) + i), 1);
     step_sizes(delta, bias, sizes.delta_softplus, s.dt, n, padded, ahead(f.delta, delta_row));
     const V weight = all(skip);
     if (N != 1)
