@@ -77,13 +77,16 @@ class NiahConfig:
     restart: bool = False
     """Throw away what is in the folder."""
     retry: bool = False
-    """Try cells again that failed or ran out of memory."""
+    """Try cells again that failed, ran out of memory or were too slow."""
     report_only: bool = False
     """Write the report of what is in the folder, and do nothing else."""
     isolate: bool = True
     """Run the models in a process of their own, so that one that is killed is recorded and the grid goes on."""
     memory: float | None = None
     """Memory that a model may take on a CPU [GiB]; none: nine tenths of what is free at the start."""
+    longest_pass: float | None = None
+    """A pass that the times at shorter lengths promise to take longer is not tried but recorded as too slow [s];
+    none: every pass is tried."""
     device: str | None = None
     """cpu, cuda or cuda:N; default: the GPU where there is one."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -112,6 +115,8 @@ class NiahConfig:
             )
         if self.audio_per_cell is not None and self.audio_per_cell <= 0:
             raise UsageError(f"--audio-per-cell must be positive, got {self.audio_per_cell}")
+        if self.longest_pass is not None and self.longest_pass <= 0:
+            raise UsageError(f"--longest-pass must be positive, got {self.longest_pass}")
         if self.bootstrap < 1:
             raise UsageError(f"--bootstrap must be at least 1, got {self.bootstrap}")
 
@@ -238,6 +243,7 @@ def run_grid(config: NiahConfig, attempt_file: Path | None = None, quiet: bool =
             store,
             class_map=config.needles.class_map,
             memory=memory if memory is None or config.memory is not None else 0.9 * memory,
+            longest_pass=config.longest_pass,
             autocast=torch.bfloat16 if config.precision == "bf16" else None,
             reporter=progress,
             attempt=AttemptFile(attempt_file) if attempt_file else lambda cells: None,

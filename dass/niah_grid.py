@@ -1,7 +1,8 @@
 """The grid: every model on every length, haystack, SNR and position, cell by cell, whatever happens on the way.
 
 The positions of a needle share one haystack, so they are run together: for each clip the haystack is made once and the
-needle moved through it. A model's short inputs come first; where it runs out of memory, the longer ones are not tried.
+needle moved through it. A model's short inputs come first; where it runs out of memory, the longer ones are not tried,
+nor those that its shorter ones promise to take longer than is allowed.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dass.classes import ClassMatch, match_classes, read_class_table
 from dass.haystack import LEVELLED, Haystack
 from dass.needle import Placing, Scene, frames_for
 from dass.niah_data import NeedleSet
-from dass.niah_measure import Forecast, limited_memory, measure, release_memory
+from dass.niah_measure import Forecast, describe_seconds, limited_memory, measure, release_memory
 from dass.niah_metrics import cell_figures
 from dass.niah_models import ModelSpec, NiahModel, is_out_of_memory
 from dass.niah_store import BROKEN, DONE, OK, Group, GroupScores, Store
 
-OUT_OF_MEMORY, ERROR, CRASHED = "out of memory", "error", "crashed"
+OUT_OF_MEMORY, ERROR, CRASHED, TOO_SLOW = "out of memory", "error", "crashed", "too slow"
 PUBLISHED_FRAMES = 1024  # of a needle for a model that names no trained length
 NOT_LOADED = ""  # identity of a model that could not be loaded
 NEEDLE_ALONE = 0.0  # a length: the needle without any haystack
@@ -71,6 +72,7 @@ class Grid:
     """Runs the cells that are not done yet.
 
     load: makes a model ready; memory: bytes that the process may take beyond what it has (None: no limit);
+    longest_pass: seconds that a pass may be expected to take (None: any);
     attempt: called with the cells about to be tried and with None afterwards, for a supervisor of this process.
     """
 
@@ -84,15 +86,19 @@ class Grid:
         *,
         class_map: str | None = None,
         memory: float | None = None,
+        longest_pass: float | None = None,
         autocast: torch.dtype | None = None,
         reporter: Reporter | None = None,
         attempt: Callable[[dict | None], None] = lambda cells: None,
     ):
         self.protocol, self.needles, self.specs, self.load, self.store = protocol, needles, specs, load, store
         self.table = read_class_table(class_map) if class_map is not None else None
-        self.memory, self.autocast = memory, autocast
+        self.memory, self.longest_pass, self.autocast = memory, longest_pass, autocast
         self.reporter, self.attempt = reporter or Reporter(), attempt
         self.forecast = Forecast()
+        for line in store.lines.values():  # what an earlier start saw
+            if line["status"] == OK and line["seconds"]:
+                self.forecast.add(line["model"], line["frames"], line["seconds"])
 
     def groups(self, model: str) -> list[Group]:
         """A model's groups in the order in which they are run."""
@@ -133,6 +139,10 @@ class Grid:
             if shorter := self._gave_up_at(group, model.identity):
                 why = f"not tried: {shorter['status']} at {shorter['length']:g} s ({shorter['haystack']})"
                 self._fail([group], model.identity, shorter["status"], why, model)
+                continue
+            if (seconds := self._too_long(group, model)) is not None:
+                why = f"not tried: a pass would take about {describe_seconds(seconds)}, by the times at shorter lengths"
+                self._fail([group], model.identity, TOO_SLOW, why, model)
                 continue
             self.attempt({"model_id": model.identity, "cells": [group.cell(p) for p in positions]})
             left = [(model.name, other) for other in groups[number + 1 :]]
@@ -176,6 +186,14 @@ class Grid:
                 if line["status"] in (OUT_OF_MEMORY, CRASHED) and line["length"] <= group.length:
                     return line
         return None
+
+    def _too_long(self, group: Group, model: NiahModel) -> float | None:
+        """The seconds that a pass is expected to take, where that is more than is allowed."""
+        frames = self._frames(group, model.front_end)
+        if self.longest_pass is None or not self.forecast.knows(model.name, below=frames):
+            return None
+        seconds = self.forecast.seconds(model.name, frames)
+        return seconds if seconds > self.longest_pass else None
 
     def _run_group(self, group: Group, model: NiahModel, match: ClassMatch, left: list[tuple[str, Group]]) -> None:
         scores = self._scores(group, model, match)
@@ -324,9 +342,13 @@ class Grid:
         passes = len(self.protocol.positions)
         total = clips_left * passes * self.forecast.seconds(model.name, self._frames(group, model.front_end))
         for name, other in left:
-            if name == model.name and self.store.finished(other, self.protocol.positions, model.identity):
+            # Of a model that comes later the weights are not known yet: lines of its name count.
+            identity = model.identity if name == model.name else None
+            if self.store.finished(other, self.protocol.positions, identity):
                 continue
             expected = self.forecast.seconds(name, self._frames(other, model.front_end))
+            if self.longest_pass is not None and expected > self.longest_pass:
+                continue
             total += expected * passes * self.protocol.clips(other.length, len(self.needles))
         return total
 

@@ -126,6 +126,10 @@ class Forecast:
         """A pass that was measured."""
         self.seen.setdefault(model, {}).setdefault(frames, []).append(seconds)
 
+    def knows(self, model: str, below: int) -> bool:
+        """Whether a pass of this model of fewer frames was seen."""
+        return any(frames < below for frames in self.seen.get(model, ()))
+
     def seconds(self, model: str, frames: int) -> float | None:
         """Expected time of a pass; None as long as nothing is known of any model."""
         lengths = self.seen.get(model)
@@ -140,6 +144,23 @@ class Forecast:
         if len(near) == 2 and min(typical[near[0]], typical[near[1]]) > 0:
             exponent = math.log(typical[near[1]] / typical[near[0]]) / math.log(near[1] / near[0])
         return typical[near[0]] * (frames / near[0]) ** min(max(exponent, 1.0), 2.0)
+
+
+def describe_seconds(seconds: float) -> str:
+    """0.12 s, 45 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe_length(seconds: float) -> str:
+    """Length of an input: needle, 50 s, 10 min, 2.5 h."""
+    if seconds == 0:
+        return "needle"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size and (seconds / size) % 0.5 == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
 
 
 def _commit() -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from dass.haystack import DESCRIPTIONS
+from dass.niah_measure import describe_length
 from dass.niah_pictures import PUBLISHED, failures, models_of, panels_of, retention_points
-from dass.niah_progress import describe_length
 from dass.niah_store import OK
 
 STYLE = """

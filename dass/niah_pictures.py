@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dass.haystack import MEAN_SPECTRUM
-from dass.niah_grid import CRASHED, ERROR, OUT_OF_MEMORY
-from dass.niah_progress import describe_length, describe_seconds
+from dass.niah_grid import CRASHED, ERROR, OUT_OF_MEMORY, TOO_SLOW
+from dass.niah_measure import describe_length, describe_seconds
 from dass.niah_store import OK
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONGEST = 9000.0  # s, the published 2.5 hours, to which cost is extrapolated
-FAILED = {OUT_OF_MEMORY: "no\nmemory", ERROR: "error", CRASHED: "killed"}
+FAILED = {OUT_OF_MEMORY: "no\nmemory", ERROR: "error", CRASHED: "killed", TOO_SLOW: "too\nslow"}
 COLORS = ("#1f6fb2", "#d1495b", "#2e9e6b", "#8e6bbf", "#e0902f", "#4f5d75", "#00a6a6", "#9c6644", "#c2569b", "#7a7a00")
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -15,10 +16,12 @@ from pathlib import Path
 
 from dass.checkpoint import write_json
 from dass.niah_grid import CRASHED, Protocol, Reporter
+from dass.niah_measure import describe_length, describe_seconds
 from dass.niah_models import ModelSpec
 from dass.niah_store import CELL_KEYS, OK, Group, Store
 
 ATTEMPT_VARIABLE = "DASS_NIAH_ATTEMPT"  # set for the process that runs the models: the file that says what it is at
+SECONDS_TO_END = 10.0  # for a process that was asked to end: a pass of a long input does not hear it, and may be killed
 
 
 class Progress(Reporter):
@@ -85,23 +88,6 @@ def group_line(group: Group, lines: Sequence[dict], left: float | None = None) -
     return text if left is None else f"{text}; about {describe_seconds(left)} left"
 
 
-def describe_seconds(seconds: float) -> str:
-    """0.12 s, 45 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def describe_length(seconds: float) -> str:
-    """Length of an input: needle, 50 s, 10 min, 2.5 h."""
-    if seconds == 0:
-        return "needle"
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size and (seconds / size) % 0.5 == 0:
-            return f"{seconds / size:g} {unit}"
-    return f"{seconds:g} s"
-
-
 def folder_identity(folder: Path) -> str:
     """Changes when the sound files of a folder do: their names and sizes."""
     from dass.haystack import sound_files
@@ -128,13 +114,21 @@ class AttemptFile:
 def supervise(arguments: Sequence[str], out: Path) -> int:
     """Runs the grid in a process of its own; where that is killed, records the cells it was at and starts another.
 
-    Returns the exit status: 0 when the grid is done, otherwise that of a process that ended by itself.
+    Returns the exit status: 0 when the grid is done, otherwise that of a process that ended by itself. Raises
+    KeyboardInterrupt where this process is asked to end (Ctrl-C, SIGTERM); the other one is ended before.
     """
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
     attempt = out / f".attempt-{os.getpid()}.json"
     environment = {**os.environ, ATTEMPT_VARIABLE: str(attempt)}
     # An option that empties the folder, or retries, must not do so again when the grid goes on.
     once = {"--restart", "--retry"}
     process = None
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set what a signal does
+    if main_thread:
+        before = signal.signal(signal.SIGTERM, stop)  # its default would leave the other process running
     try:
         while True:
             start = time.monotonic()
@@ -150,7 +144,13 @@ def supervise(arguments: Sequence[str], out: Path) -> int:
     finally:
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait()
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
         attempt.unlink(missing_ok=True)
 
 

@@ -161,10 +161,10 @@ class Store:
         """Where the scores of a group are kept; another place for a model of the same name but other weights."""
         return self.folder / "scores" / f"{group.id}-{hashlib.blake2b(identity.encode(), digest_size=4).hexdigest()}"
 
-    def finished(self, group: Group, positions: tuple[float, ...], identity: str) -> bool:
-        """Whether every cell of a group has its line for these weights."""
+    def finished(self, group: Group, positions: tuple[float, ...], identity: str | None) -> bool:
+        """Whether every cell of a group has its line for these weights (None: for any)."""
         lines = [self.lines.get(group.cell(position)) for position in positions]
-        return all(line is not None and line["model_id"] == identity for line in lines)
+        return all(line is not None and identity in (None, line["model_id"]) for line in lines)
 
     def forget_failures(self) -> None:
         """Lets cells that failed count as not done (their lines stay in the file until later ones replace them)."""

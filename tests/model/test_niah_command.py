@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,40 @@ def test_the_command_leaves_a_report(tmp_path, monkeypatch, capsys):
     ]
 
 
+def environment():
+    """Of a process that is to find this checkout."""
+    root = str(Path(niah.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+@pytest.mark.slow
+def test_a_test_that_is_asked_to_end_leaves_no_process_and_goes_on(tmp_path):
+    (tmp_path / "slowly.py").write_text(
+        "import os, pathlib, time\n"
+        "def model(fbank):\n"
+        "    pathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "    time.sleep(60 if pathlib.Path('sleep').exists() else 0)\n"
+        "    return fbank.amax(1)[:, :12]\n"
+        "model.front_end = dict(frames=60, mel_bins=32)\n"
+    )
+    (tmp_path / "sleep").touch()
+    command = [sys.executable, "-m", "dass.niah", "slowly:model", "--lengths", "needle", "--positions", "0.5"]
+    command += ["--haystacks", "mean-spectrum", "--needles.clips", "2", "--out", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 130 and "goes on where it was" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not list((tmp_path / "out").glob(".attempt*"))
+    (tmp_path / "sleep").unlink()
+    assert subprocess.run(command, cwd=tmp_path, env=environment(), timeout=120).returncode == 0
+    assert [line["status"] for line in Store(tmp_path / "out").lines.values()] == [OK]
+
+
 @pytest.mark.slow
 def test_a_model_that_is_killed_is_recorded_and_the_grid_goes_on(tmp_path):
     """As the system does it to a process that takes too much memory."""
@@ -81,11 +116,7 @@ def test_a_model_that_is_killed_is_recorded_and_the_grid_goes_on(tmp_path):
     )
     command = [sys.executable, "-m", "dass.niah", "deadly:bad", "deadly:good", "--lengths", "needle", "1s", "2s", "3s"]
     command += ["--positions", "0.5", "--haystacks", "mean-spectrum", "--needles.clips", "2", "--out", "out"]
-    root = str(Path(niah.__file__).parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     status = {(line["model"], line["length"]): line for line in Store(tmp_path / "out").lines.values()}
     assert [status["deadly:bad", s]["status"] for s in (0.0, 1.0, 2.0, 3.0)] == [OK, OK, CRASHED, CRASHED]

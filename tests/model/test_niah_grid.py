@@ -1,5 +1,6 @@
 """Needle in a haystack: the grid, its resumption and failures, the folder of results."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from dass.niah_data import NeedleSet
-from dass.niah_grid import ERROR, OUT_OF_MEMORY, Grid
+from dass.niah_grid import ERROR, OUT_OF_MEMORY, TOO_SLOW, Grid
 from dass.niah_models import (
     ModelError,
     ModelSpec,
@@ -105,6 +106,42 @@ def test_failures_are_recorded_and_the_grid_goes_on(tmp_path):
     assert {line["model"] for line in store.lines.values()} == {"no_memory", "picky", "all"}
     page = write_report(tmp_path).read_text()
     assert "even numbers" in page
+
+
+def test_memory_that_truly_runs_out_is_recorded_and_the_process_lives(tmp_path):
+    def hungry(fbank):
+        torch.ones(fbank.shape[1], 500_000).sum()  # 2 MB a frame: 80, 200 and 400 MB
+        return hear(fbank)
+
+    protocol = replace(PROTOCOL, haystacks=("mean-spectrum",))
+    store = run_grid(tmp_path, {"hungry": hungry, "all": hear}, protocol, clips=2, memory=300e6)
+    status = {(line["model"], line["length"]): line for line in store.lines.values()}
+    assert [status["hungry", length]["status"] for length in (0.0, 1.0, 2.0)] == [OK, OK, OUT_OF_MEMORY]
+    assert "allocate" in status["hungry", 2.0]["error"] and "inferred" not in status["hungry", 2.0]
+    assert status["hungry", 1.0]["peak_memory"] == pytest.approx(200e6, rel=0.2)
+    assert all(status["all", length]["status"] == OK for length in (0.0, 1.0, 2.0))
+
+
+def test_what_would_take_too_long_is_not_tried(tmp_path):
+    def slow(fbank):
+        time.sleep(0.001 * fbank.shape[1])
+        return hear(fbank)
+
+    protocol = replace(PROTOCOL, haystacks=("mean-spectrum",))
+    run_grid(tmp_path, {"slow": slow}, replace(protocol, lengths=(0.0, 1.0)), clips=2)
+
+    def never(fbank):
+        raise AssertionError("must not be tried")
+
+    # The times that decide were stored by the first start.
+    store = run_grid(tmp_path, {"slow": never}, protocol, clips=2, longest_pass=0.15)
+    found = {line["length"]: line for line in store.lines.values()}
+    assert [found[length]["status"] for length in (0.0, 1.0, 2.0)] == [OK, OK, TOO_SLOW]
+    assert found[2.0]["error"].startswith("not tried: a pass would take about 0.2")
+    assert run_grid(tmp_path / "first", {"m": hear}, protocol, clips=1, longest_pass=1e-9).lines.keys() >= {
+        ("m", "mean-spectrum", None, 0.0, 0.0)
+    }
+    assert "too slow" in write_report(tmp_path).read_text()
 
 
 def test_a_model_that_cannot_be_loaded_is_a_result(tmp_path):
