@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +38,8 @@ class TrainCommand:
     """Print the resolved configuration as TOML, and do nothing else."""
     profile: bool = False
     """Time 30 training steps, print where the time goes, and do nothing else."""
+    backend: str | None = None
+    """Short for --model.backend: the implementation of the scan (cpu, cuda, triton, reference)."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
@@ -67,7 +69,10 @@ def parse(arguments: Sequence[str] | None = None) -> ParsedCommand:
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    return ParsedCommand(command.settings, recipe, command.print_config, command.profile)
+    settings = command.settings
+    if command.backend is not None:
+        settings = replace(settings, model=replace(settings.model, backend=command.backend))
+    return ParsedCommand(settings, recipe, command.print_config, command.profile)
 
 
 def _base(arguments: list[str]) -> tuple[TrainConfig, str]:

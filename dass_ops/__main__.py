@@ -7,7 +7,7 @@ import torch
 
 from . import build_info, ss2d_projected
 from .backends import Backend
-from .info import backend_table
+from .info import backend_table, choice
 
 
 def self_check(backend: Backend, device: str) -> float:
@@ -43,6 +43,8 @@ def main() -> int:
     print(f"  CPU   {info['machine'] or 'not built'}; in use: {info['cpu_instruction_set'] or '-'}")
     cuda = info["cuda_architectures"] and f"CUDA {info['cuda']}, architectures {info['cuda_architectures']}"
     print(f"  CUDA  {cuda or 'not built: ' + str(info['no_cuda'] or 'nothing was compiled')}")
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        print(f"  {device + ' tensors':<12} run on: {choice(device)}")
     failed = 0
     for backend, device, available, reason in backend_table():
         if not available:

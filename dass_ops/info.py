@@ -1,9 +1,11 @@
 """What was compiled, and what can run here and why not."""
 
+import warnings
+
 import torch
 
 from . import loading
-from .backends import Backend, availability
+from .backends import Backend, availability, default_backend
 
 
 def build_info() -> dict[str, object]:
@@ -40,3 +42,17 @@ def backend_table() -> list[tuple[Backend, str, bool, str]]:
         else:
             rows.append((backend, best[0], best[1].available, best[1].reason))
     return rows
+
+
+def choice(device: str) -> str:
+    """In words: the backend that runs tensors of the device type `device` where none is named, and why not a faster one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the fallback, which is said here
+            chosen = default_backend(device)
+    except (ValueError, RuntimeError) as error:  # DASS_OPS_BACKEND
+        return str(error)
+    native = Backend.CUDA if device == "cuda" else Backend.CPU
+    if chosen is native:
+        return str(chosen)
+    return f"{chosen} ({availability(native, device).reason or 'DASS_OPS_BACKEND says so'})"

@@ -66,9 +66,50 @@ def test_a_slow_fallback_is_announced_once(monkeypatch):
         backends._resolve.cache_clear()
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_triton_is_chosen_where_there_are_no_kernels_for_the_device(monkeypatch, device):
+    """A GPU without the CUDA part, and one of another vendor: no device is needed to choose."""
+    needs_cpu()
+    pytest.importorskip("triton")
+    from dass_ops import backends, info, loading
+
+    problem = loading.problem
+    monkeypatch.setattr(loading, "problem", lambda module: "it was not built" if module == "_cuda" else problem(module))
+    monkeypatch.delenv("DASS_OPS_BACKEND", raising=False)
+    backends._resolve.cache_clear()
+    try:
+        assert default_backend(device) is Backend.TRITON
+        assert available_backends(device) == (Backend.TRITON, Backend.REFERENCE)
+        reason = "it was not built" if device == "cuda" else "it runs on CPU tensors, these are on 'xpu'"
+        assert info.choice(device) == f"triton ({reason})"
+        monkeypatch.setenv("DASS_OPS_BACKEND", "reference")
+        assert info.choice(device).startswith("reference (")
+        monkeypatch.setattr(loading, "problem", lambda module: "nothing was built")
+        monkeypatch.setenv("DASS_OPS_BACKEND", "triton")
+        assert "'triton' cannot run: nothing was built" in info.choice("cuda")
+    finally:
+        backends._resolve.cache_clear()
+
+
+def test_without_triton_a_gpu_gets_the_reference_and_is_told(monkeypatch):
+    from dass_ops import backends
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.loading, "problem", lambda module: f"{module} was not built")
+    monkeypatch.delenv("DASS_OPS_BACKEND", raising=False)
+    backends._resolve.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="slow PyTorch reference for 'cuda' tensors.*_cuda was not built"):
+            assert default_backend("cuda") is Backend.REFERENCE
+        assert "triton is not installed" in backends.availability(Backend.TRITON, "cuda").reason
+    finally:
+        backends._resolve.cache_clear()
+
+
 def test_the_command_checks_itself():
     result = python(["-m", "dass_ops"])
     assert result.returncode == 0, result.stdout + result.stderr
+    assert f"cpu tensors  run on: {default_backend('cpu')}" in result.stdout
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
     assert "relative error" in lines["reference"]
     assert set(lines) >= {str(b) for b in Backend}
