@@ -54,6 +54,9 @@ class DataConfig:
     JSON; none: the built-in synthetic corpus."""
     eval: Path | None = None
     """Held-out clips, in any of the same forms; none: a part of the training clips (see fold, holdout, ...)."""
+    test: Path | None = None
+    """Clips that the best model is tried on at the end, in any of the same forms; unlike the held-out ones they choose
+    nothing. None: no test; the synthetic corpus has test clips of its own."""
     classes: Path | None = None
     """Class list (index,mid,display_name); none: beside a JSON, otherwise the labels found."""
     label_regex: str | None = None
@@ -115,10 +118,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run."""
+    """The data of a run: to learn from, to choose by, and, where there are any, to test the chosen model on."""
 
     train: AudioDataset
     held_out: AudioDataset
+    test: AudioDataset | None
     classes: tuple[LabelClass, ...]
     front_end: LogMelConfig
 
@@ -145,9 +149,9 @@ def open_splits(
     Raises `ManifestError` or `BrokenFilesError`, which say what is wrong and what to change.
     """
     if config.train is None:
-        if config.eval is not None:
-            raise ManifestError("data.eval needs data.train; without it both parts are of the synthetic corpus")
-        parts = SyntheticCorpus(config.synthetic, "train"), SyntheticCorpus(config.synthetic, "eval")
+        if config.eval is not None or config.test is not None:
+            raise ManifestError("data.eval and data.test need data.train; without it all is of the synthetic corpus")
+        parts = tuple(SyntheticCorpus(config.synthetic, split) for split in ("train", "eval", "test"))
         seconds = np.array([config.synthetic.seconds])
         broken = None
     else:
@@ -182,12 +186,20 @@ def open_splits(
         random_crop=config.random_crop,
         **options,
     )
-    return Splits(train, AudioDataset(parts[1], front_end, **options), train.classes, front_end)
+    others = [AudioDataset(part, front_end, **options) for part in parts[1:]]
+    return Splits(train, others[0], others[1] if len(others) > 1 else None, train.classes, front_end)
 
 
-def _read_parts(config: DataConfig, classes: tuple[LabelClass, ...] | None) -> tuple[Manifest, Manifest]:
+def _read_parts(config: DataConfig, classes: tuple[LabelClass, ...] | None) -> tuple[Manifest, ...]:
+    """Training, held-out and, where asked for, test clips."""
     options = dict(label_regex=config.label_regex, exclude=config.exclude, group_regex=config.group_regex)
     manifest = read_manifest(config.train, classes=classes or config.classes, **options)
+    tests = () if config.test is None else (read_manifest(config.test, classes=manifest.classes, **options),)
+    return *_divide(config, manifest, options), *tests
+
+
+def _divide(config: DataConfig, manifest: Manifest, options: dict[str, str | None]) -> tuple[Manifest, Manifest]:
+    """Training and held-out clips."""
     if config.eval is not None:
         return manifest, read_manifest(config.eval, classes=manifest.classes, **options)
     if config.fold is not None:
@@ -214,15 +226,15 @@ def _lengths(manifest: Manifest, indices: np.ndarray) -> tuple[np.ndarray, list[
     return np.array([math.nan if isinstance(entry, AudioError) else entry for entry in found]), errors
 
 
-def _usable(parts: tuple[Manifest, Manifest], broken: BrokenFiles) -> tuple[tuple[Manifest, Manifest], np.ndarray]:
+def _usable(parts: tuple[Manifest, ...], broken: BrokenFiles) -> tuple[tuple[Manifest, ...], np.ndarray]:
     """The parts without files whose header cannot be read, and the lengths of the training clips [s]."""
     looked = [_lengths(part, np.arange(len(part))) for part in parts]
     broken.add([error for _, errors in looked for error in errors])
-    kept = [
+    kept = tuple(
         part.subset(np.flatnonzero(~np.isnan(seconds))) if errors else part
         for part, (seconds, errors) in zip(parts, looked, strict=True)
-    ]
-    return (kept[0], kept[1]), looked[0][0]
+    )
+    return kept, looked[0][0]
 
 
 def _frames(config: DataConfig, seconds: np.ndarray) -> int:

@@ -80,6 +80,8 @@ class Progress:
     """A held-out sound file to try the finished model on."""
     best: dict[str, Any] = field(default_factory=dict)
     """Figures of the best model so far, and its `epoch`."""
+    test: dict[str, Any] = field(default_factory=dict)
+    """Figures of the best model on the test clips, once it has heard them."""
     epochs_without_gain: int = 0
     window: dict[str, float] = field(default_factory=dict)
     """Sums of the losses since the last record, and their `count`."""

@@ -21,6 +21,7 @@ from dass.manifest import LabelClass
 
 RATE = 16000  # Hz; the corpus is made at the front end's own rate
 CORPUS_STREAM = 3  # first word of every seed here; the loader's own are 1 and 2
+SPLIT_STREAMS = {"train": 1, "eval": 2, "test": 4}  # third word; 3 is that of the examples to listen to
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -33,7 +34,9 @@ class SyntheticConfig:
     train_clips: int = 20_000
     """Different training clips."""
     eval_clips: int = 400
-    """Different held-out clips."""
+    """Different held-out clips, by which the best model is chosen."""
+    test_clips: int = 400
+    """Different clips for the figure at the end, which nothing is chosen by."""
     seconds: float = 2.0
     """Length of a clip [s]."""
     max_events: int = 3
@@ -52,7 +55,7 @@ class SyntheticConfig:
             raise ValueError(f"synthetic.seconds must be at least 1.5, the longest event, got {self.seconds}")
         if self.snr_low > self.snr_high:
             raise ValueError(f"synthetic.snr_low ({self.snr_low}) must not exceed synthetic.snr_high ({self.snr_high})")
-        for name in ("train_clips", "eval_clips"):
+        for name in ("train_clips", "eval_clips", "test_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"synthetic.{name} must be at least 1, got {getattr(self, name)}")
 
@@ -261,16 +264,16 @@ class SyntheticCorpus:
 
     sample_rate = RATE
 
-    def __init__(self, config: SyntheticConfig | None = None, split: Literal["train", "eval"] = "train"):
-        if split not in ("train", "eval"):
-            raise ValueError(f"split must be 'train' or 'eval', got {split!r}")
+    def __init__(self, config: SyntheticConfig | None = None, split: Literal["train", "eval", "test"] = "train"):
+        if split not in SPLIT_STREAMS:
+            raise ValueError(f"split must be one of {', '.join(SPLIT_STREAMS)}, got {split!r}")
         self.config = config or SyntheticConfig()
         self.split = split
         self.classes = synthetic_classes()
         self.samples = round(self.config.seconds * RATE)
 
     def __len__(self) -> int:
-        return self.config.train_clips if self.split == "train" else self.config.eval_clips
+        return getattr(self.config, f"{self.split}_clips")
 
     def __repr__(self) -> str:
         return f"SyntheticCorpus({self.split}, {len(self)} clips of {self.config.seconds} s, seed {self.config.seed})"
@@ -278,7 +281,7 @@ class SyntheticCorpus:
     def _begin(self, index: int) -> tuple[Random, Array]:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of a corpus of {len(self)} clips")
-        random = np.random.default_rng([CORPUS_STREAM, self.config.seed, 1 if self.split == "train" else 2, index])
+        random = np.random.default_rng([CORPUS_STREAM, self.config.seed, SPLIT_STREAMS[self.split], index])
         count = int(random.integers(1, self.config.max_events + 1))
         return random, random.choice(len(EVENTS), size=count, replace=False)
 

@@ -70,7 +70,8 @@ def with_trained_teacher(config: TrainConfig) -> TrainConfig:
     folder = teacher_run(config)[0].run.folder
     say(f"teacher: {folder}")
     result = train_teacher(config)
-    say("teacher: " + ", ".join(f"{name} {value:.4g}" for name, value in result.best.items()))
+    figures = result.test or result.best
+    say("teacher: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()))
     sources = tuple(str(folder) if source == TRAIN else source for source in config.distill.teacher)
     return replace(config, distill=replace(config.distill, teacher=sources))
 
@@ -82,9 +83,14 @@ def _name(command: ParsedCommand) -> str:
 
 
 def _closing(result: RunResult, seconds: float) -> str:
-    best = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result.best.items())
+    best, test = (
+        ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        for figures in (result.best, result.test)
+    )
     return (
-        f"best model: {best}\n{seconds:.0f} s; everything is in {result.folder}\n"
+        f"best model, on held-out clips: {best}\n"
+        + (f"and on test clips, which chose nothing: {test}\n" if test else "")
+        + f"{seconds:.0f} s; everything is in {result.folder}\n"
         f"tag a file with it:\n  python -m dass.tag {shlex.quote(result.example)} --model {result.folder}"
     )
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from dass import run_folder
 from dass.batch import Batch
-from dass.checkpoint import atomic_write, read_tensors, write_tensors
+from dass.checkpoint import read_tensors
 from dass.distill import LabelMode, distillation_losses
 from dass.distributed import barrier, on_main_process, process_group, rank, sum_over_processes, world_size
-from dass.evaluation import Evaluation, evaluate, evaluate_teacher
 from dass.loader import Loader, build_loader
 from dass.optimization import learning_rate_factor, set_learning_rate
 from dass.run_folder import Progress
@@ -33,6 +32,7 @@ from dass.run_pictures import draw_pictures
 from dass.signals import StopRequest, stop_on_signals
 from dass.step_timer import StepTimer
 from dass.student import build_student
+from dass.validation import Validation
 
 if TYPE_CHECKING:
     from dass.config import TrainConfig
@@ -71,11 +71,13 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out of a run: its folder, the validation figures of `best/` with their `epoch`, a held-out sound file."""
+    """What came out of a run: its folder, the validation figures of `best/` with their `epoch`, a held-out sound file, and
+    the figures of `best/` on the test clips, empty where there are none."""
 
     folder: Path
     best: dict[str, Any]
     example: str
+    test: dict[str, Any]
 
 
 class TrainingStopped(Exception):
@@ -108,7 +110,7 @@ class Trainer:
             folder, resume = on_main_process(lambda: run_folder.choose_folder(config, self.default_folder))
             if resume and run_folder.is_finished(folder):
                 progress = run_folder.read_progress(run_folder.newest_state(folder))
-                return RunResult(folder, progress.best, progress.example)
+                return RunResult(folder, progress.best, progress.example, progress.test)
             self._build(device)
             self._open_folder(folder, resume)
             total = self.steps_per_epoch * config.train.epochs
@@ -124,7 +126,7 @@ class Trainer:
                 self._finish()
             finally:
                 self.log.close()
-            return RunResult(folder, self.progress.best, self.progress.example)
+            return RunResult(folder, self.progress.best, self.progress.example, self.progress.test)
 
     def profile(self, steps: int = 30, warmup: int = 5) -> str:
         """Time `steps` training steps after `warmup` of them, writing nothing; a table of where the time goes."""
@@ -146,7 +148,7 @@ class Trainer:
     def _build(self, device: torch.device) -> None:
         self.parts = build_parts(self.config, device, self.build_model)
         self.progress, self.folder = Progress(), None
-        self.steps_per_epoch = -(-len(self._loader(training=True)) // self.config.train.accumulate)
+        self.steps_per_epoch = -(-len(self._loader()) // self.config.train.accumulate)
 
     def _open_folder(self, folder: Path, resume: bool) -> None:
         """The run folder, checked; the state of an earlier run in it; the log."""
@@ -164,10 +166,11 @@ class Trainer:
         if state is not None:
             self.log.say(f"continuing {folder} at step {self.progress.step}")
         self.log.say(self._description())
+        self.validation = Validation(config, parts, self.progress, folder, self.log)
         if parts.teacher is not None:
             self.log.say(parts.teacher.report())
             if parts.self_teacher is None and state is None:
-                self._examine_teacher()
+                self.validation.examine_teacher()
         self.last_save = time.monotonic()
         barrier()  # no process may train, and so replace the state, before all have read it
 
@@ -216,7 +219,7 @@ class Trainer:
             raise TrainingStopped(f"stopped; the same command goes on with {self.folder}") from None
 
     def _begin_epoch(self) -> Iterator[Batch]:
-        loader = self._loader(training=True)
+        loader = self._loader()
         self.epoch_batches = self.progress.batch + len(loader)
         self.parts.model.train()
         return iter(loader)
@@ -283,8 +286,8 @@ class Trainer:
         if last or epoch % config.train.eval_every == 0:
             figures = self.timer.figures()
             with parts.ema.applied_to(parts.model) if parts.ema is not None else nullcontext():
-                evaluation = self._evaluate()
-                self._keep_if_best(evaluation, {"epoch": epoch})
+                evaluation = self.validation.evaluate()
+                self.validation.keep_if_best(evaluation, {"epoch": epoch})
                 if rank() == 0:
                     parts.model.save_pretrained(self.folder / "last")
             speed = f"{figures['clips_per_second']:.0f} clips/s, {figures['data_share']:.0%} waiting for data"
@@ -295,17 +298,18 @@ class Trainer:
             raise TrainingStopped(f"stopped after epoch {epoch}; the same command goes on with {self.folder}")
 
     def _finish(self) -> None:
-        """The averaged model, the last records, the pictures, and the mark that the run is finished."""
+        """The averaged model, the test, the last records, the pictures, and the mark that the run is finished."""
         parts, progress = self.parts, self.progress
         if parts.mean is not None and parts.mean.count:
             parts.mean.copy_to(parts.model)
-            evaluation = self._evaluate()
+            evaluation = self.validation.evaluate()
             about = {"epoch": progress.epoch, "averaged_epochs": parts.mean.count}
-            self._keep_if_best(evaluation, about)
+            self.validation.keep_if_best(evaluation, about)
             if rank() == 0:
                 parts.model.save_pretrained(self.folder / "averaged")
             self.log.say(f"average of {parts.mean.count} epochs: {evaluation.text()}")
             self.log.record("average", progress.step, {**about, **evaluation.summary()})
+        self.validation.test_best()
         self.log.record("final", progress.step, progress.best)
         if rank() == 0 and self.config.log.pictures:
             draw_pictures(self.folder, parts, self.config)
@@ -315,73 +319,20 @@ class Trainer:
 
     # --- parts of the loop --------------------------------------------------------------------------------
 
-    def _loader(self, training: bool) -> Loader:
-        train, splits = self.config.train, self.parts.splits
+    def _loader(self) -> Loader:
+        """What is left of the epoch."""
+        train = self.config.train
         return build_loader(
-            splits.train if training else splits.held_out,
-            batch_size=train.batch_size if training else train.eval_batch_size or train.batch_size,
+            self.parts.splits.train,
+            batch_size=train.batch_size,
             seed=train.seed,
-            epoch=self.progress.epoch if training else 0,
-            start_batch=self.progress.batch if training else 0,
+            epoch=self.progress.epoch,
+            start_batch=self.progress.batch,
             rank=rank(),
             world_size=world_size(),
-            training=training,
+            training=True,
             workers=self.config.data.workers,
         )
-
-    def _evaluate(self) -> Evaluation:
-        parts = self.parts
-        parts.model.eval()
-
-        def forward(batch: Batch) -> Tensor:
-            with parts.autocast():
-                return parts.model(batch.fbank)
-
-        batches = self._loader(training=False)
-        return evaluate(forward, batches, parts.prepare, parts.splits.classes, self.config.train.labels)
-
-    def _examine_teacher(self) -> None:
-        """What the teacher is worth on the held-out clips, so that a wrong one is seen before the training."""
-        parts, batches = self.parts, self._loader(training=False)
-        with parts.autocast():
-            logits, metrics = evaluate_teacher(
-                lambda batch: parts.teacher(batch, parts.splits.held_out, training=False),
-                batches,
-                parts.prepare,
-                parts.splits.classes,
-            )
-        if metrics is None:
-            self.log.say("teacher on held-out clips: it knows none of them")
-            return
-        if rank() == 0:
-            write_tensors(self.folder / "teacher_held_out.safetensors", {"logits": torch.from_numpy(logits)})
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.summary().items())
-        self.log.say(f"teacher on {metrics.clips} held-out clips, {len(metrics.classes)} classes: {figures}")
-
-    def _keep_if_best(self, evaluation: Evaluation, about: dict[str, Any]) -> None:
-        """Save the model as `best/` where it is better than any so far."""
-        progress, metric = self.progress, self.config.train.metric
-        figures = evaluation.summary()
-        if metric not in figures:
-            raise ValueError(
-                f"train.metric is {metric!r}, which needs held-out clips with exactly one label each; take map or auc"
-            )
-        if not progress.best and evaluation.metrics.undefined:
-            names = evaluation.metrics.undefined
-            self.log.say(f"left out of the mAP, having no held-out positives: {', '.join(names[:10])} ({len(names)})")
-        # Of models with the same figure, as small sets of clips give them, the one with the smaller loss.
-        rank_of_new, rank_of_best = (
-            (found[metric], -found["validation_loss"]) for found in (figures, progress.best or figures)
-        )
-        if progress.best and not rank_of_new > rank_of_best:
-            progress.epochs_without_gain += 1
-            return
-        progress.epochs_without_gain = 0
-        progress.best = {**about, **figures}
-        if rank() == 0:
-            self.parts.model.save_pretrained(self.folder / "best")
-            evaluation.save(self.folder / "best" / "held_out.safetensors")
-            atomic_write(self.folder / "per_class.csv", evaluation.metrics.to_csv())
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
