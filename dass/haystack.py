@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
@@ -23,11 +24,11 @@ Array = np.ndarray
 BLOCK = 1 << 17  # samples
 FADE = 160  # samples, 10 ms at 16 kHz: joins of recordings do not click
 LONGEST_UTTERANCE = 30.0  # s of a file of speech that are heard in one go
+UTTERANCES_KEPT = 64e6  # bytes of speech kept decoded for babble, whose talkers say the same again and again
 TOO_QUIET = 1e-5  # RMS below which a recording cannot be brought to a level
 
 MEAN_SPECTRUM, SILENCE = "mean-spectrum", "silence"
-DECODED = ("babble", "recording", "other-clips")
-LEVELLED = ("white", "pink", *DECODED)
+LEVELLED = ("white", "pink", "babble", "recording", "other-clips")
 HAYSTACKS = (MEAN_SPECTRUM, SILENCE, *LEVELLED)
 DESCRIPTIONS = {
     MEAN_SPECTRUM: "zeros after normalisation, the published protocol's: the mean spectrum of the training set",
@@ -90,7 +91,7 @@ class Haystack:
         self.key = key_of("haystack", seed, kind, clip)
         self.folder, self.talkers, self.clips, self.labels = folder, talkers, clips, tuple(labels)
         self._levels: dict[int, float] = {}
-        self._spool: IO[bytes] | None = None  # what was decoded for the level, on disk, to be read again
+        self._spool: IO[bytes] | None = None  # what was made for the level, on disk, to be read again
 
     @property
     def levelled(self) -> bool:
@@ -103,23 +104,20 @@ class Haystack:
             raise HaystackError("mean-spectrum is a spectrum, not a sound: it has no waveform")
         if self.kind == SILENCE:
             return (np.zeros(min(BLOCK, samples - start), np.float32) for start in range(0, samples, BLOCK))
-        if self.kind in ("white", "pink"):
-            return noise_blocks(self.kind, self.key, samples, block=BLOCK)
         if self._spool is not None and samples <= self._spool.seek(0, os.SEEK_END) // 4:
             return self._spooled(samples)
+        if self.kind in ("white", "pink"):
+            return noise_blocks(self.kind, self.key, samples, block=BLOCK)
         return _first(samples, self._decoded())
 
     def level(self, samples: int) -> float:
         """Root mean square of the first `samples` samples; streamed once, then remembered."""
         if samples not in self._levels:
-            blocks = self.blocks(samples)
-            if self.kind in DECODED:  # slower to decode than to read: kept in a temporary file
-                spool = tempfile.TemporaryFile()
-                blocks = _written(blocks, spool)
+            spool = tempfile.TemporaryFile()  # slower to make than to read again
+            blocks = _written(self.blocks(samples), spool)
             total = math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
             self._levels[samples] = math.sqrt(total / samples)
-            if self.kind in DECODED:
-                self._spool = spool
+            self._spool = spool
         return self._levels[samples]
 
     def _decoded(self) -> Iterator[Array]:
@@ -159,7 +157,7 @@ class Haystack:
             yield np.sum(parts, axis=0, dtype=np.float32) * np.float32(self.talkers**-0.5)
 
     def _utterance(self, path: Path) -> list[Array]:
-        return [_unit(load_audio(path, sample_rate=self.sample_rate, duration=LONGEST_UTTERANCE).numpy(), path)]
+        return [_utterances.read(path, self.sample_rate)]
 
     def _recording(self, path: Path) -> Iterator[Array]:
         blocks = (block.numpy() for block in stream_audio(path, sample_rate=self.sample_rate))
@@ -178,6 +176,29 @@ class Haystack:
             index, sample_rate=self.sample_rate, start=0.0, duration=LONGEST_UTTERANCE, hashed=False
         )
         return [_unit(waveform.numpy(), f"clip {index}")]
+
+
+class Utterances:
+    """Decoded files of speech, the most recently used ones, `limit` bytes of them."""
+
+    def __init__(self, limit: float):
+        self.limit, self.size = limit, 0
+        self.sounds: OrderedDict[tuple[Path, int], Array] = OrderedDict()
+
+    def read(self, path: Path, sample_rate: int) -> Array:
+        """(samples,) of unit power, not to be changed. Raises AudioError."""
+        key = path, sample_rate
+        sound = self.sounds.pop(key, None)
+        if sound is None:
+            sound = _unit(load_audio(path, sample_rate=sample_rate, duration=LONGEST_UTTERANCE).numpy(), path)
+            self.size += sound.nbytes
+        self.sounds[key] = sound
+        while self.size > self.limit:
+            self.size -= self.sounds.popitem(last=False)[1].nbytes
+        return sound
+
+
+_utterances = Utterances(UTTERANCES_KEPT)  # of this process: the haystacks of all needles draw on the same files
 
 
 def sound_files(folder: Path | None) -> list[Path]:

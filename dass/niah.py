@@ -67,7 +67,9 @@ class NiahConfig:
     seed: int = 0
     """Seed of the haystacks and of the order of the needles."""
     audio_per_cell: float | None = None
-    """Fewer needles at long lengths: as many as make up this much input for a cell, at least one [s]; none: all."""
+    """Fewer needles at long lengths: as many as make up this much input for a cell [s]; none: all."""
+    fewest_needles: int = 10
+    """At least so many needles, however long the input (if there are so many)."""
     bootstrap: int = 1000
     """Draws of the bootstrap behind the 95 % intervals."""
     out: Path = Path("runs/niah")
@@ -115,6 +117,8 @@ class NiahConfig:
             )
         if self.audio_per_cell is not None and self.audio_per_cell <= 0:
             raise UsageError(f"--audio-per-cell must be positive, got {self.audio_per_cell}")
+        if self.fewest_needles < 1:
+            raise UsageError(f"--fewest-needles must be at least 1, got {self.fewest_needles}")
         if self.longest_pass is not None and self.longest_pass <= 0:
             raise UsageError(f"--longest-pass must be positive, got {self.longest_pass}")
         if self.bootstrap < 1:
@@ -209,6 +213,7 @@ def run_grid(config: NiahConfig, attempt_file: Path | None = None, quiet: bool =
         talkers=config.talkers,
         folders={"babble": config.babble, "recording": config.recording},
         audio_per_cell=config.audio_per_cell,
+        fewest_needles=config.fewest_needles,
         bootstrap=config.bootstrap,
     )
     # What may differ between two starts of one test: more models, lengths, haystacks and SNRs only add cells.
@@ -220,6 +225,7 @@ def run_grid(config: NiahConfig, attempt_file: Path | None = None, quiet: bool =
         "seed": protocol.seed,
         "talkers": protocol.talkers,
         "audio_per_cell": protocol.audio_per_cell,
+        "fewest_needles": protocol.fewest_needles,
         "bootstrap": protocol.bootstrap,
         "precision": config.precision,
     }

@@ -46,13 +46,14 @@ class Protocol:
     talkers: int
     folders: dict[str, object]
     audio_per_cell: float | None
+    fewest_needles: int
     bootstrap: int
 
     def clips(self, length: float, available: int) -> int:
         """Needles of a cell of this length."""
         if self.audio_per_cell is None or length <= 0:
             return available
-        return max(1, min(available, int(self.audio_per_cell / length)))
+        return min(available, max(self.fewest_needles, int(self.audio_per_cell / length)))
 
 
 class Reporter:
@@ -282,6 +283,8 @@ class Grid:
                 estimate = getattr(figures, name)
                 line |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
             line |= {
+                "chance": figures.chance,
+                "retention_chance": figures.retention_chance,
                 "retention_of": reference_length,
                 "clips": len(rows),
                 "broken": int((scores.state == BROKEN).sum()),

@@ -7,6 +7,7 @@ interval of their ratio the paired one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,21 @@ def mean_average_precision(scores: Array, target: Array, counts: Array) -> Array
     return np.divide(total, defined, out=np.full(len(counts), np.nan), where=defined > 0)
 
 
+def chance_precision(target: Array) -> float:
+    """mAP that scores knowing nothing would have on average: over all orders of the clips, target (clips, classes) bool.
+
+    Of N clips, P of them positive, a random order has an average precision of ((P - 1) (N - H) / (N - 1) + H) / N, with
+    H = 1 + 1/2 + ... + 1/N (Bestgen, "Exact expected average precision of the random baseline", PBML 103, 2015). The mean
+    is over the classes that count for `mean_average_precision`; NaN where none does.
+    """
+    clips, positives = len(target), target.sum(axis=0)
+    positives = positives[(positives > 0) & (positives < clips)]
+    if not len(positives):
+        return math.nan
+    harmonic = float(np.sum(1 / np.arange(1, clips + 1)))
+    return float(np.mean(((positives - 1) * (clips - harmonic) / (clips - 1) + harmonic) / clips))
+
+
 def top1_hits(scores: Array, target: Array) -> Array:
     """(clips,) bool: whether the highest score is that of one of the clip's labels."""
     return target[np.arange(len(scores)), scores.argmax(axis=1)]
@@ -70,18 +86,23 @@ def interval(value: float, sample: Array, level: float = 0.95) -> Estimate:
     """The value with the percentile interval of its bootstrap sample."""
     sample = sample[np.isfinite(sample)]
     if not np.isfinite(value) or not len(sample):
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return Estimate(math.nan, math.nan, math.nan)
     low, high = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))
 
 
 @dataclass(frozen=True)
 class CellFigures:
-    """What a cell comes to: `map` and `top1` in [0, 1], `retention` relative to the reference (1 = nothing lost)."""
+    """What a cell comes to: `map` and `top1` in [0, 1], `retention` relative to the reference (1 = nothing lost).
+
+    chance, retention_chance: what map and retention would be for scores that know nothing.
+    """
 
     map: Estimate
     top1: Estimate
     retention: Estimate
+    chance: float
+    retention_chance: float
 
 
 def cell_figures(
@@ -91,18 +112,19 @@ def cell_figures(
 
     reference: scores of the same clips by the same model at the shortest length; None leaves the retention undefined.
     """
+    undefined = Estimate(math.nan, math.nan, math.nan)
     if not len(scores):
-        undefined = Estimate(float("nan"), float("nan"), float("nan"))
-        return CellFigures(undefined, undefined, undefined)
+        return CellFigures(undefined, undefined, undefined, math.nan, math.nan)
     target = target.astype(bool)
     counts = draw_counts(len(scores), draws, seed)
     itself = np.ones((1, len(scores)), np.int16)
     value, sample = (mean_average_precision(scores, target, rows) for rows in (itself, counts))
     hits = top1_hits(scores, target).astype(np.float64)
     top1 = interval(float(hits.mean()), counts @ hits / len(hits))
-    retention = Estimate(float("nan"), float("nan"), float("nan"))
+    retention, chance, retention_chance = undefined, chance_precision(target), math.nan
     if reference is not None:
         base, base_sample = (mean_average_precision(reference, target, rows) for rows in (itself, counts))
         with np.errstate(divide="ignore", invalid="ignore"):
             retention = interval(float(value[0] / base[0]), sample / base_sample)
-    return CellFigures(interval(float(value[0]), sample), top1, retention)
+            retention_chance = float(chance / base[0])
+    return CellFigures(interval(float(value[0]), sample), top1, retention, chance, retention_chance)

@@ -55,6 +55,7 @@ COLUMNS = (  # title, key, how it is written, whether it is text
     ("position", "position", lambda v: f"{v:g}", False),
     ("mAP [%]", "map", lambda v: f"{100 * v:.1f}", False),
     ("95 % interval", "map_low", None, False),
+    ("by chance [%]", "chance", lambda v: f"{100 * v:.1f}", False),
     ("kept [%]", "retention", lambda v: f"{100 * v:.1f}", False),
     ("95 % interval", "retention_low", None, False),
     ("top-1 [%]", "top1", lambda v: f"{100 * v:.1f}", False),
@@ -84,6 +85,7 @@ def build_page(
         f"<li><b>{escape(kind)}</b>: {escape(DESCRIPTIONS[kind])}</li>"
         for kind in dict.fromkeys(panel.haystack for panel in panels_of(lines))
     )
+    needles = max((line.get("clips") or 0 for line in lines), default=0)
     sources = "".join(
         f"<li>{escape(point.model)}, {describe_length(point.seconds)}: {'at most ' if point.at_most else ''}"
         f"{point.percent:.0f} % ({escape(point.source)})</li>"
@@ -94,10 +96,11 @@ def build_page(
 <link rel="icon" href="data:,">
 <title>Audio needle in a haystack</title><style>{STYLE}</style></head><body>
 <h1>Audio needle in a haystack</h1>
-<p class="note">{escape(str(environment.get("needles", "?")))} needles: {escape(str(protocol.get("needles", "?")))}.
+<p class="note">{escape(str(environment.get("needles", needles)))} needles: {escape(str(protocol.get("needles", "?")))}.
 A needle is a clip as long as those the model was trained on; it begins at the given part of the input's length and the
 model classifies the whole input in one pass. mAP is over the classes that the needles have; what is kept is relative to
-the same needles at the shortest length; intervals are 95 % bootstrap intervals over needles, paired for the ratio.</p>
+the same needles at the shortest length; intervals are 95 % bootstrap intervals over needles, paired for the ratio. By
+chance: what scores that know nothing would reach on average, the more the fewer the needles are.</p>
 <h2>How long an input may be</h2>{_summary(lines)}
 <h2>Pictures</h2>{shown}
 <h2>Every cell</h2>

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONGEST = 9000.0  # s, the published 2.5 hours, to which cost is extrapolated
+FARTHEST = 150.0  # how many times the longest measured length a trend is carried on to
 FAILED = {OUT_OF_MEMORY: "no\nmemory", ERROR: "error", CRASHED: "killed", TOO_SLOW: "too\nslow"}
 COLORS = ("#1f6fb2", "#d1495b", "#2e9e6b", "#8e6bbf", "#e0902f", "#4f5d75", "#00a6a6", "#9c6644", "#c2569b", "#7a7a00")
 
@@ -106,6 +107,7 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
     figure, axes = _panels(len(panels), 4.4, 3.4, share=True)
     longest = max((line.get("input_seconds") or line["length"] for line in lines), default=1.0)
     for axis, panel in zip(axes, panels, strict=False):
+        failed: list[str] = []
         for number, model in enumerate(models):
             color, points = COLORS[number % len(COLORS)], retention_points(lines, model, panel)
             if points:
@@ -113,15 +115,16 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
                 axis.plot(seconds, value, color=color, marker="o", markersize=4, label=model)
                 axis.fill_between(seconds, low, high, color=color, alpha=0.15, linewidth=0)
             for line in failures(lines, model, panel)[:1]:
-                axis.plot(line["input_seconds"], 2, marker="X", color=color, markersize=8, clip_on=False)
+                x = line["input_seconds"]
+                axis.plot(x, 2, marker="X", color=color, markersize=8, clip_on=False)
+                # To the left, where there is room, and each model at a height of its own.
+                offset = (-7, 2 + 9 * len(failed))
                 axis.annotate(
-                    line["status"],
-                    (line["input_seconds"], 2),
-                    (4, 6),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=color,
+                    line["status"], (x, 2), offset, textcoords="offset points", fontsize=7, color=color, ha="right"
                 )
+                failed.append(model)
+        if chance := chance_points(lines, panel):
+            axis.plot(*np.array(chance).T, color="grey", linestyle="--", linewidth=1, label="scores that know nothing")
         if panel.haystack == MEAN_SPECTRUM:
             _draw_published(axis)
         axis.axhline(100, color="grey", linewidth=0.7, linestyle=":")
@@ -142,29 +145,51 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
 
 def draw_cost(lines: Sequence[dict]) -> Figure:
     """Seconds and peak memory of a pass over the length, with each model's trend carried on to 2.5 hours."""
-    figure, axes = _panels(2, 5.2, 3.6)
-    for number, model in enumerate(models_of(lines)):
-        color = COLORS[number % len(COLORS)]
-        for axis, key, scale in ((axes[0], "seconds", 1.0), (axes[1], "peak_memory", 2.0**-30)):
-            points = cost_points(lines, model, key)
+    from matplotlib.lines import Line2D
+
+    figure, axes = _panels(2, 5.6, 3.8)
+    models = models_of(lines)
+    for axis, key, scale in ((axes[0], "seconds", 1.0), (axes[1], "peak_memory", 2.0**-30)):
+        ends: list[tuple[float, str, str]] = []
+        for number, model in enumerate(models):
+            color, points = COLORS[number % len(COLORS)], cost_points(lines, model, key)
             if not points:
                 continue
             seconds, value = np.array(points).T
             axis.plot(seconds, value * scale, "o-", color=color, markersize=4, label=model)
-            if (last := extrapolate(points, LONGEST)) is not None and seconds[-1] < LONGEST:
+            last = value[-1]
+            if seconds[-1] < LONGEST:
+                if (last := extrapolate(points, LONGEST)) is None:
+                    continue
                 axis.plot([seconds[-1], LONGEST], [value[-1] * scale, last * scale], ":", color=color)
                 axis.plot(LONGEST, last * scale, "o", color=color, markerfacecolor="white")
-                text = describe_seconds(last) if key == "seconds" else f"{last * scale:.3g} GiB"
-                axis.annotate(
-                    text, (LONGEST, last * scale), (-4, 5), textcoords="offset points", ha="right", fontsize=8
-                )
-    for axis, title in ((axes[0], "time of a pass [s]"), (axes[1], "peak memory beyond model and input [GiB]")):
+            text = describe_seconds(last) if key == "seconds" else f"{last * scale:.3g} GiB"
+            ends.append((last * scale, text, color))
+        title = "time of a pass" if key == "seconds" else "peak memory beyond model and input [GiB]"
         axis.set(xscale="log", yscale="log", xlabel="length of the input", title=title)
+        axis.margins(y=0.1)
         axis.title.set_fontsize(9)
         _time_axis(axis)
+        if key == "seconds":
+            axis.yaxis.set_major_formatter(lambda value, _: describe_seconds(value))
+        axis.tick_params(axis="y", labelsize=8)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
+        _write_ends(axis, ends)
+    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    shown["expected at 2.5 h: the trend of the last two lengths"] = Line2D(
+        [], [], color="grey", linestyle=":", marker="o", markerfacecolor="white"
+    )
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 3), fontsize=8)
     return figure
+
+
+def _write_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Texts (value, text, colour) beside the right edge at their values, moved apart where they would overlap."""
+    low, high = np.log(axis.get_ylim())
+    height = -math.inf
+    for value, text, color in sorted(ends):
+        height = max((math.log(value) - low) / (high - low), height + 0.055)
+        axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=8, va="center")
 
 
 def models_of(lines: Iterable[dict]) -> list[str]:
@@ -183,6 +208,16 @@ def retention_points(lines: Iterable[dict], model: str, panel: Panel) -> list[tu
         (seconds, *(100 * float(np.mean([line[key] for line in found])) for key in RETENTION_KEYS))
         for seconds, found in sorted(by_length.items())
     ]
+
+
+def chance_points(lines: Iterable[dict], panel: Panel) -> list[tuple[float, float]]:
+    """(input seconds, retention [%] of scores that know nothing), means over models and positions."""
+    by_length: dict[float, list[float]] = {}
+    for line in lines:
+        mine = (line["haystack"], line["snr"]) == (panel.haystack, panel.snr)
+        if mine and line["status"] == OK and line["retention_chance"] is not None:
+            by_length.setdefault(line["input_seconds"], []).append(100 * line["retention_chance"])
+    return [(seconds, float(np.mean(found))) for seconds, found in sorted(by_length.items())]
 
 
 RETENTION_KEYS = ("retention", "retention_low", "retention_high")
@@ -214,9 +249,10 @@ def cost_points(lines: Iterable[dict], model: str, key: str) -> list[tuple[float
 def extrapolate(points: Sequence[tuple[float, float]], seconds: float) -> float | None:
     """Cost at a length beyond the last: the power law through the last two points, its exponent held within 1 and 2.
 
-    None where there are not two lengths, the longer at least 1.5 times the shorter.
+    None where there are not two lengths, the longer at least 1.5 times the shorter, or where `seconds` is more than
+    FARTHEST times the longer: too far away for a trend to mean anything.
     """
-    if len(points) < 2 or points[-1][0] < 1.5 * points[-2][0]:
+    if len(points) < 2 or points[-1][0] < max(1.5 * points[-2][0], seconds / FARTHEST):
         return None
     (x0, y0), (x1, y1) = points[-2:]
     exponent = min(max(math.log(y1 / y0) / math.log(x1 / x0), 1.0), 2.0)

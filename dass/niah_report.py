@@ -18,6 +18,7 @@ from dass.niah_store import Store, StoreError
 COLUMNS = (
     *("model", "haystack", "snr", "length", "position", "status", "frames", "input_seconds", "clips", "broken"),
     *("classes", "map", "map_low", "map_high", "retention", "retention_low", "retention_high", "retention_of"),
+    *("chance", "retention_chance"),
     *("top1", "top1_low", "top1_high", "seconds", "seconds_worst", "peak_memory", "parameters", "model_id", "finished"),
     "error",
 )

@@ -74,6 +74,7 @@ PROTOCOL = Protocol(
     talkers=2,
     folders={},
     audio_per_cell=None,
+    fewest_needles=1,
     bootstrap=20,
 )
 FIXED = {"needles": "tones", "positions": [0.0, 0.5, 1.0]}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dass import noise
 from dass.audio import LogMel, LogMelConfig
-from dass.haystack import HAYSTACKS, LEVELLED, MEAN_SPECTRUM, Haystack, HaystackError
+from dass.haystack import HAYSTACKS, LEVELLED, MEAN_SPECTRUM, Haystack, HaystackError, Utterances
 from dass.needle import ListenConfig, Scene, frames_for, spectrogram_blocks, start_frame, write_scene
 from dass.synthetic import SyntheticConfig, SyntheticCorpus
 
@@ -122,8 +122,8 @@ def test_another_process_makes_the_same_haystack():
     assert done.stdout.strip() == here
 
 
-@pytest.mark.parametrize("kind", ["babble", "recording", "other-clips"])
-def test_what_was_decoded_for_the_level_is_the_same_when_read_again(kind, folder, corpus):
+@pytest.mark.parametrize("kind", LEVELLED)
+def test_what_was_made_for_the_level_is_the_same_when_read_again(kind, folder, corpus):
     haystack = make(kind, folder, corpus)
     expected = whole(haystack.blocks(4 * RATE))
     level = haystack.level(3 * RATE)
@@ -145,6 +145,17 @@ def test_other_clips_share_no_class_with_the_needle(corpus):
     others = haystack._others()
     assert others and all(own.isdisjoint(corpus.labels(index)) for index in others)
     assert set(others) == {i for i in range(len(corpus)) if own.isdisjoint(corpus.labels(i))}
+
+
+def test_utterances_are_kept_up_to_a_size(folder):
+    kept = Utterances(limit=4 * 4 * RATE)
+    first = kept.read(folder / "0.wav", RATE)  # 0.9 s
+    assert kept.read(folder / "0.wav", RATE) is first
+    kept.read(folder / "1.wav", RATE)  # 2 s
+    assert kept.read(folder / "0.wav", RATE) is first
+    kept.read(folder / "3.wav", RATE)  # 11 s: more than all that may be kept
+    assert kept.size == sum(sound.nbytes for sound in kept.sounds.values()) <= 4 * 4 * RATE
+    assert np.array_equal(kept.read(folder / "0.wav", RATE), first)
 
 
 def test_babble_has_the_power_of_its_talkers(folder):

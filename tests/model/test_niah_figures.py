@@ -1,5 +1,6 @@
 """Needle in a haystack: figures of a cell, choice of the needles, time and memory of a pass, forecasts."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.metrics import average_precision_score
 from dass.manifest import ManifestError
 from dass.niah_data import NeedleConfig, open_needles, spread_over_classes
 from dass.niah_measure import Forecast, limited_memory, measure
-from dass.niah_metrics import cell_figures, draw_counts, mean_average_precision
+from dass.niah_metrics import cell_figures, chance_precision, draw_counts, mean_average_precision
 from dass.niah_models import (
     is_out_of_memory,
 )
@@ -56,6 +57,30 @@ def test_figures_of_a_cell():
     assert np.isnan(cell_figures(good[:0], target[:0], None).map.value)
     single = cell_figures(good[:1], target[:1], None)
     assert np.isnan(single.map.value) and single.top1.value in (0, 1), "one clip has no order"
+
+
+@given(st.integers(2, 5), st.data())
+@settings(deadline=None, max_examples=20)
+def test_chance_is_the_mean_over_all_orders(clips, data):
+    target = np.array([[data.draw(st.booleans()) for _ in range(2)] for _ in range(clips)])
+    orders = np.array(list(itertools.permutations(range(clips))), dtype=float)
+    one = np.ones((1, clips), np.int16)
+    found = [
+        [mean_average_precision(order[:, None], target[:, [column]], one)[0] for order in orders]
+        for column in range(2)
+        if 0 < target[:, column].sum() < clips
+    ]
+    expected = np.mean(found) if found else np.nan
+    assert chance_precision(target) == pytest.approx(expected, nan_ok=True)
+
+
+def test_chance_grows_as_the_needles_become_fewer():
+    target = np.eye(10, dtype=bool)
+    assert chance_precision(target) == pytest.approx(np.mean(1 / np.arange(1, 11)))
+    assert chance_precision(np.tile(target, (30, 1))) == pytest.approx(0.12, abs=0.01)
+    scores = np.random.default_rng(0).random((10, 10))
+    figures = cell_figures(scores, target, target.astype(float))
+    assert figures.chance == figures.retention_chance == chance_precision(target)
 
 
 def test_a_larger_set_has_a_narrower_interval():

@@ -187,6 +187,9 @@ def test_long_inputs_may_have_fewer_needles(tmp_path):
     store = run_grid(tmp_path, {"m": hear}, replace(PROTOCOL, audio_per_cell=4.0))
     assert {line["length"]: line["clips"] for line in store.lines.values()} == {0.0: 6, 1.0: 4, 2.0: 2}
     assert all(line["retention"] is not None for line in store.lines.values())
+    fewest = replace(PROTOCOL, audio_per_cell=4.0, fewest_needles=5)
+    store = run_grid(tmp_path / "fewest", {"m": hear}, fewest)
+    assert {line["length"]: line["clips"] for line in store.lines.values()} == {0.0: 6, 1.0: 5, 2.0: 5}
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
