@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dass.audio import AudioError, LogMel
-from dass.augment import roll_and_mask
+from dass.augment import roll_and_mask, warp_and_stretch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Batch:
     or features on the device)."""
     lengths: Tensor | None = None
     """(batch,) int64: samples of each waveform."""
+    warp: Tensor | None = None
+    """(batch,) float32: factor on all frequencies, still to be applied."""
+    stretch: Tensor | None = None
+    """(batch,) float32: factor on the duration, still to be applied."""
     roll: Tensor | None = None
     """(batch,) int64: frames to shift by, still to be applied."""
     keep_mel: Tensor | None = None
@@ -66,6 +70,10 @@ class Batch:
         """The batch with `fbank`, computed where the waveforms are, unless the loader has done it."""
         if self.fbank is not None:
             return self
-        fbank = log_mel.filter_bank(self.waveform, lengths=self.lengths)
+        return replace(self, fbank=log_mel.filter_bank(self.waveform, lengths=self.lengths)).augmented(log_mel)
+
+    def augmented(self, log_mel: LogMel) -> Batch:
+        """The batch with its raw spectrograms changed by what is still to be applied, and normalised."""
+        fbank = warp_and_stretch(self.fbank, self.warp, self.stretch, log_mel.config)
         fbank = log_mel.normalise(roll_and_mask(fbank, self.roll, self.keep_mel, self.keep_time))
-        return replace(self, fbank=fbank, roll=None, keep_mel=None, keep_time=None)
+        return replace(self, fbank=fbank, warp=None, stretch=None, roll=None, keep_mel=None, keep_time=None)

@@ -34,7 +34,6 @@ from dass.augment import (
     mix_targets,
     mix_waveforms,
     no_draw,
-    roll_and_mask,
 )
 from dass.batch import Batch
 from dass.feature_cache import FeatureCache
@@ -327,9 +326,6 @@ class AudioDataset:
             empty = torch.zeros(0, dtype=torch.int64)
             return Batch(torch.zeros(0, len(self.classes)), empty, empty, torch.zeros(0), broken=broken)
         choices = [example.choices for example in examples]
-        roll = torch.tensor([draw.roll for draw in choices])
-        keep_mel = torch.stack([draw.keep_mel for draw in choices])
-        keep_time = torch.stack([draw.keep_time for draw in choices])
         batch = Batch(
             target=torch.stack([example.target for example in examples]),
             index=torch.tensor([example.index for example in examples]),
@@ -337,6 +333,11 @@ class AudioDataset:
             mix_lambda=torch.tensor([draw.mix_lambda for draw in choices]),
             audio_hashes=tuple(example.audio_hash for example in examples) if self.hashes else (),
             mix_hashes=tuple(example.mix_hash for example in examples) if self.hashes else (),
+            warp=torch.tensor([draw.warp for draw in choices]),
+            stretch=torch.tensor([draw.stretch for draw in choices]),
+            roll=torch.tensor([draw.roll for draw in choices]),
+            keep_mel=torch.stack([draw.keep_mel for draw in choices]),
+            keep_time=torch.stack([draw.keep_time for draw in choices]),
             broken=broken,
         )
         if self.waveforms:
@@ -345,9 +346,8 @@ class AudioDataset:
             padded = torch.nn.utils.rnn.pad_sequence(sounds, batch_first=True)
             batch = replace(batch, waveform=padded, lengths=lengths)
         if self.features == "device":
-            return replace(batch, roll=roll, keep_mel=keep_mel, keep_time=keep_time)
-        fbank = roll_and_mask(torch.stack([example.fbank for example in examples]), roll, keep_mel, keep_time)
-        return replace(batch, fbank=self.log_mel.normalise(fbank))
+            return batch
+        return replace(batch, fbank=torch.stack([example.fbank for example in examples])).augmented(self.log_mel)
 
 
 @dataclass

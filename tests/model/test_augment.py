@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dass.audio import LogMelConfig
+from dass.audio import LogMel, LogMelConfig
 from dass.augment import (
     NO_AUGMENTATION,
     AugmentConfig,
@@ -17,6 +17,7 @@ from dass.augment import (
     mix_waveforms,
     no_draw,
     roll_and_mask,
+    warp_and_stretch,
 )
 
 FRONT_END = LogMelConfig()
@@ -83,6 +84,12 @@ def test_options_do_not_shift_each_other():
     assert min(rolls) < 0 < max(rolls)
     assert max(map(abs, rolls)) <= 10
     assert 10 ** (-6 / 20) <= min(gains) < 1 < max(gains) <= 10 ** (6 / 20)
+    changed = draws(AugmentConfig(warp=0.2, stretch=0.5), 20)
+    for a, b in zip(plain, changed, strict=True):
+        assert (a.mix_index, a.gain, a.crop) == (b.mix_index, b.gain, b.crop)
+        assert torch.equal(a.keep_time, b.keep_time)
+    for most, factors in ((0.2, [d.warp for d in changed]), (0.5, [d.stretch for d in changed])):
+        assert 1 / (1 + most) <= min(factors) < 1 < max(factors) <= 1 + most
 
 
 def test_drawing_leaves_the_global_generator_alone():
@@ -134,8 +141,46 @@ def test_roll_and_mask_against_loops(data):
                 assert out[b, t, f] == expected
 
 
+def _peak(fbank):
+    """Frequency [Hz] of the strongest band in the middle, and the first and last frame with sound."""
+    loud = (fbank.max(1).values > fbank.max() - 5).nonzero()[:, 0]
+    band = fbank[(loud[0] + loud[-1]) // 2].argmax().item()
+    low, high = 1127 * np.log1p(20 / 700), 1127 * np.log1p(8000 / 700)
+    return 700 * np.expm1((low + (band + 1) * (high - low) / 129) / 1127), loud[0].item(), loud[-1].item()
+
+
+@pytest.mark.parametrize("warp", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("stretch", [0.7, 1.0, 1.4])
+def test_a_tone_becomes_higher_and_longer(warp, stretch):
+    """A tone of 1500 Hz from 0.2 to 0.5 s, changed in the spectrogram, is where the tone so changed would be."""
+    front_end = LogMelConfig(frames=100)
+    time = torch.arange(16000) / 16000
+    tone = torch.sin(2 * torch.pi * 1500 * time) * ((time > 0.2) & (time < 0.5)) + 1e-4 * torch.randn(16000)
+    fbank = LogMel(front_end).filter_bank(tone)[None].expand(2, -1, -1)
+    factors = torch.tensor([[warp, 1.0], [stretch, 1.0]])
+    changed, same = warp_and_stretch(fbank, *factors, front_end)
+    assert torch.equal(same, fbank[1])
+    hertz, first, last = _peak(changed)
+    assert hertz == pytest.approx(1500 * warp, rel=0.02)
+    assert first == pytest.approx(19 * stretch, abs=2)
+    assert last == pytest.approx(49.5 * stretch, abs=2)
+
+
+def test_padding_stays_padding():
+    front_end = LogMelConfig(frames=60, mel_bins=32)
+    fbank = LogMel(front_end).filter_bank(torch.randn(4000) * 0.1)[None]  # 23 frames
+    assert (fbank[0, 23:] == 0).all()
+    assert (fbank[0, :23] != 0).all()
+    for stretch in (0.5, 1.0, 1.5):
+        changed = warp_and_stretch(fbank, torch.tensor([1.1]), torch.tensor([stretch]), front_end)[0]
+        ends = 22 * stretch
+        assert (changed[: int(ends)] != 0).all()
+        assert (changed[int(23 * stretch) + 1 :] == 0).all()
+
+
 @pytest.mark.parametrize(
-    "field", [{"mixup_rate": 1.5}, {"mixup_alpha": 0.0}, {"time_mask": -1}, {"roll": -1}, {"gain": -0.1}]
+    "field",
+    [{"mixup_rate": 1.5}, {"mixup_alpha": 0.0}, {"time_mask": -1}, {"roll": -1}, {"gain": -0.1}, {"warp": -0.1}],
 )
 def test_config_refuses(field):
     with pytest.raises(ValueError, match=f"augment.{next(iter(field))}"):
