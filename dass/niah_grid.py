@@ -172,6 +172,9 @@ class Grid:
         folder = self.store.scores_folder(group, model.identity)
         return GroupScores(folder, clips, len(self.protocol.positions), len(match.student))
 
+    def _has_scores(self, group: Group, model: NiahModel) -> bool:
+        return (self.store.scores_folder(group, model.identity) / "state.npy").is_file()
+
     def _died_loading(self, cell: tuple) -> bool:
         line = self.store.lines.get(cell)
         return line is not None and (line["model_id"], line["status"]) == (NOT_LOADED, CRASHED)
@@ -194,11 +197,12 @@ class Grid:
         if self.longest_pass is None or not self.forecast.knows(model.name, below=frames):
             return None
         seconds = self.forecast.seconds(model.name, frames)
-        return seconds if seconds > self.longest_pass else None
+        return seconds if seconds is not None and seconds > self.longest_pass else None
 
     def _run_group(self, group: Group, model: NiahModel, match: ClassMatch, left: list[tuple[str, Group]]) -> None:
         scores = self._scores(group, model, match)
         self.reporter.begin(group, len(scores.state))
+        self._take_over(group, model, match, scores)
         for done, clip in enumerate(pending := scores.pending):
             start = time.perf_counter()
             try:
@@ -219,11 +223,28 @@ class Grid:
             self.reporter.step(self._seconds_left(group, model, len(pending) - done - 1, left))
         self.reporter.end(group, self._finish(group, model, match, scores))
 
+    def _take_over(self, group: Group, model: NiahModel, match: ClassMatch, scores: GroupScores) -> None:
+        """Where the needle leaves nothing of the haystack, what was found in another haystack is the same."""
+        needle = needle_front_end(model.front_end).frames
+        if self.protocol.placing != "replace" or self._frames(group, model.front_end) > needle:
+            return
+        for other in self.groups(model.name):
+            if other.length == group.length and other != group and self._has_scores(other, model):
+                found = self._scores(other, model, match)
+                for clip in set(found.done.tolist()) & set(scores.pending):
+                    scores.put(clip, found.logits[clip], found.cost[clip])
+
     def _run_clip(self, group: Group, model: NiahModel, match: ClassMatch, clip: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits (positions, matched classes) and cost (positions, 2) of a clip."""
         scene = self._scene(group, model.front_end, clip)
-        logits, cost = [], []
+        logits, cost, starts = [], [], []
         for position in self.protocol.positions:
+            starts.append(scene.start(position))
+            if starts[-1] in starts[:-1]:  # the same input, as always where the needle is all there is
+                twin = starts.index(starts[-1])
+                logits.append(logits[twin])
+                cost.append(cost[twin])
+                continue
             fbank = scene.move(position)[None].to(model.device)
             with torch.autocast(model.device.type, self.autocast) if self.autocast else nullcontext():
                 measured = measure(lambda fbank=fbank: model.run(fbank), model.device)
@@ -299,7 +320,7 @@ class Grid:
 
     def _reference(self, group: Group, model: NiahModel, match: ClassMatch, rows: np.ndarray) -> np.ndarray | None:
         """Logits (rows, positions, classes) of the same clips at the shortest length, if they are all there."""
-        if not (self.store.scores_folder(group, model.identity) / "state.npy").is_file():
+        if not self._has_scores(group, model):
             return None
         scores = self._scores(group, model, match)
         if not len(rows) or rows.max() >= len(scores.state) or (scores.state[rows] != DONE).any():
@@ -341,7 +362,7 @@ class Grid:
     def _seconds_left(
         self, group: Group, model: NiahModel, clips_left: int, left: list[tuple[str, Group]]
     ) -> float | None:
-        """What is left of the grid: this group's clips and every other group, at the times seen so far."""
+        """What is left of the grid: this group's clips and every other group, at the times seen so far; None: unknown."""
         passes = len(self.protocol.positions)
         total = clips_left * passes * self.forecast.seconds(model.name, self._frames(group, model.front_end))
         for name, other in left:
@@ -350,9 +371,10 @@ class Grid:
             if self.store.finished(other, self.protocol.positions, identity):
                 continue
             expected = self.forecast.seconds(name, self._frames(other, model.front_end))
-            if self.longest_pass is not None and expected > self.longest_pass:
-                continue
-            total += expected * passes * self.protocol.clips(other.length, len(self.needles))
+            if expected is None:
+                return None
+            if self.longest_pass is None or expected <= self.longest_pass:
+                total += expected * passes * self.protocol.clips(other.length, len(self.needles))
         return total
 
 

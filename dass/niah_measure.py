@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+BEYOND = 5  # times a length that is the only one seen, farther than which no time is promised
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -116,7 +117,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 class Forecast:
     """How long what is left will take: time per pass as a power of the length, fitted for each model to what was seen.
 
-    One length seen: time in proportion to it. Several: the exponent between 1 and 2 that fits best the last two.
+    One length seen: time in proportion to it, but not for much longer ones, of which a short one tells nothing. Several:
+    the exponent between 1 and 2 that fits best the last two.
     """
 
     def __init__(self) -> None:
@@ -131,7 +133,7 @@ class Forecast:
         return any(frames < below for frames in self.seen.get(model, ()))
 
     def seconds(self, model: str, frames: int) -> float | None:
-        """Expected time of a pass; None as long as nothing is known of any model."""
+        """Expected time of a pass; None as long as nothing is known of any model that would tell."""
         lengths = self.seen.get(model)
         if not lengths:
             known = [value for other in self.seen if (value := self.seconds(other, frames)) is not None]
@@ -139,6 +141,8 @@ class Forecast:
         typical = {length: float(np.median(times)) for length, times in lengths.items()}
         if frames in typical:
             return typical[frames]
+        if len(typical) == 1 and frames > BEYOND * min(typical):
+            return None
         near = sorted(typical, key=lambda length: abs(math.log(length / frames)))[:2]
         exponent = 1.0
         if len(near) == 2 and min(typical[near[0]], typical[near[1]]) > 0:
