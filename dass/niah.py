@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dass.niah_models import ModelError
     from dass.niah_progress import ATTEMPT_VARIABLE, supervise
     from dass.niah_report import write_report
-    from dass.niah_store import StoreError
+    from dass.niah_store import StoreError, alone_in
 
     known = (UsageError, AudioError, CheckpointError, ClassMapError, ConfigError, HaystackError, ManifestError)
     known += (ModelError, StoreError, FileNotFoundError)
@@ -281,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if status != 0:
                     return status
             else:
-                run_grid(config, Path(worker) if worker else None)
+                with alone_in(config.out):
+                    run_grid(config, Path(worker) if worker else None)
         if worker is None:
             print(f"report: {write_report(config.out)}")
     except known as error:

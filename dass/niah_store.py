@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ class GroupScores:
     def done(self) -> np.ndarray:
         """Clips that are done."""
         return np.flatnonzero(self.state == DONE)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process runs a test in this folder; StoreError where one already does. Ends with the process."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(
+                f"another process is running a test in {folder}: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 class Store:

@@ -12,7 +12,7 @@ import pytest
 
 from dass import niah
 from dass.niah_grid import CRASHED
-from dass.niah_store import OK, Store
+from dass.niah_store import OK, Store, alone_in
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
@@ -47,6 +47,14 @@ def test_what_cannot_be_done_is_said(arguments, words, capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert niah.main([*arguments, "--no-isolate"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_two_tests_do_not_run_in_one_folder(tmp_path, capsys):
+    with alone_in(tmp_path):
+        assert niah.main(["math:sin", "--out", str(tmp_path), "--no-isolate"]) == 2
+    assert "another process" in capsys.readouterr().err
+    with alone_in(tmp_path):
+        pass
 
 
 def test_the_command_leaves_a_report(tmp_path, monkeypatch, capsys):
