@@ -302,7 +302,9 @@ def tag_all(config: TagConfig, jobs: Sequence[Job], device: str | None, quiet: b
         import torch
 
         on_cpu = (device or config.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cpu")
-        workers = cores if on_cpu and sum(job.keep for job in jobs) >= 16 else 1
+        # The ranks of torchrun are processes that share the cores already.
+        alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+        workers = cores if on_cpu and alone and sum(job.keep for job in jobs) >= 16 else 1
     workers = min(workers, len(jobs))
     bar = Progress(
         TextColumn("{task.fields[file]}"),

@@ -245,6 +245,18 @@ def test_ranks_together_do_the_whole_folder(checkpoint, tones, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_torchrun_shares_a_folder(checkpoint, tones, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "dass.tag", tones, "-m", checkpoint, "--out", out]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *map(str, arguments)]
+    done = subprocess.run([*command, "--backend", "reference"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5, "every file once"
+    assert re.findall(r"(\d) files, 0 unreadable", done.stderr) in (["2", "3"], ["3", "2"]), "each rank its part"
+    assert len(list(csv.DictReader((out / "tags.csv").open()))) == 15
+
+
+@pytest.mark.slow
 def test_workers_give_the_same_lines_in_the_same_order(checkpoint, tones, tmp_path):
     arguments = [sys.executable, "-W", "ignore", "-m", "dass.tag", tones, "-m", checkpoint, "--backend", "reference"]
     printed = [
