@@ -16,8 +16,11 @@ struct ScanBackwardWork {
   ScanBackward call;
   Segments segments;  // of mu
   int64_t tiles = 0;
-  int64_t unit = 0;          // channels between two borders of a group of B or C
-  int64_t blocks = 0;        // thread blocks for a unit
+  unsigned unit = 1;         // channels between two borders of a group of B or C
+  unsigned units = 0;        // of those
+  unsigned blocks = 1;       // thread blocks for a unit
+  unsigned channel_blocks = 1;        // of scan_adjoint_kernel, for the channels of one sequence
+  unsigned share_B = 1, share_C = 1;  // channels in a group
   int rounds = 1;            // channels that a warp handles, one after the other
   int64_t slabs_B = 0, slabs_C = 0;
   // Partial results of state dtype.
@@ -73,7 +76,7 @@ DASS_DEVICE void scan_backward_tile(const ScanBackwardWork& work, const Backward
   const int count = active ? steps_at(first, sizes.length) : 0;
   const S bias = call.delta_bias ? static_cast<const S*>(call.delta_bias)[k * sizes.channels + d] : S(0);
   const S skip = call.D ? static_cast<const S*>(call.D)[k * sizes.channels + d] : S(0);
-  const ProjectionRows<T> B_rows(call.B, sizes.channels, b, k, d), C_rows(call.C, sizes.channels, b, k, d);
+  const ProjectionRows<T> B_rows(call.B, work.share_B, b, k, d), C_rows(call.C, work.share_C, b, k, d);
 
   Run<S> dt, slope, u, dtu, g, y, sum_B, sum_A;
   load_run<T>(dt, row_of<T>(call.delta, b, k, d) + first, count, work.vectors & kVectorDelta);
@@ -230,33 +233,27 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) scan_backward_kernel(c
   const ScanBackward& call = work.call;
   const ScanSizes& sizes = call.sizes;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t N = sizes.state, units = sizes.channels / work.unit, segments = work.segments.count;
-  int64_t index = blockIdx.x;
-  const int64_t block = index % work.blocks;
-  index /= work.blocks;
-  const int64_t unit = index % units;
-  index /= units;
-  const int64_t segment = index % segments;
-  index /= segments;
-  const int64_t directions = sizes.shared ? 1 : sizes.directions;
-  const int64_t first_direction = index % directions, b = index / directions;
-  const int64_t first_channel = unit * work.unit + block * warps * work.rounds, end_channel = (unit + 1) * work.unit;
+  const int64_t N = sizes.state, segments = work.segments.count;
+  const BlockPlace place(work.blocks * work.units, segments, sizes.shared ? 1 : sizes.directions);
+  const unsigned block = place.channels % work.blocks, unit = place.channels / work.blocks;
+  const int64_t segment = place.segment, first_direction = place.direction, b = place.batch;
+  const int64_t first_channel = static_cast<int64_t>(unit) * work.unit + block * warps * work.rounds;
+  const int64_t end_channel = (int64_t{1} + unit) * work.unit;
   const int64_t part = b * segments + segment;
   const BackwardShared<S> shared(warps, work.rounds, N);
   const int64_t begin = segment * work.segments.tiles;
   const int64_t end = begin + work.segments.tiles < work.tiles ? begin + work.segments.tiles : work.tiles;
-  const auto slab_offset = [&](const Projection& p) {  // of this block's slab, up to its group's first state
-    const int64_t per_group = sizes.channels / p.groups, slab = unit * work.unit % per_group / work.unit * work.blocks + block;
-    return [=](int64_t k) {
-      return (((slab * sizes.batch + b) * sizes.directions + k) * p.groups + unit * work.unit / per_group) * N * sizes.length;
-    };
+  const auto slab_offset = [&](const Projection& p, unsigned share, int64_t k) {  // of this block's slab, to its group's first state
+    if (p.constant) return int64_t{0};
+    const unsigned units_of_group = share / work.unit, slab = unit % units_of_group * work.blocks + block;
+    return (((slab * sizes.batch + b) * sizes.directions + k) * p.groups + unit / units_of_group) * N * sizes.length;
   };
-  const auto offset_B = slab_offset(call.B), offset_C = slab_offset(call.C);
   int buffer = 0;
 
   const int64_t end_direction = sizes.shared ? sizes.directions : first_direction + 1;
   for (int64_t k = first_direction; k < end_direction; ++k) {
     const bool reversed = sizes.reversed(k);
+    const int64_t offset_B = slab_offset(call.B, work.share_B, k), offset_C = slab_offset(call.C, work.share_C, k);
     __syncwarp();
     for (int round = 0; round < work.rounds; ++round) {
       const int slot = round * warps + warp;
@@ -286,9 +283,9 @@ __global__ void __launch_bounds__(kBackwardWarps * kWarp) scan_backward_kernel(c
         const bool active = first_channel + slot < end_channel;
         const int64_t d = active ? first_channel + slot : first_channel;  // a warp without a channel helps with the barriers
         if (reversed)
-          scan_backward_tile<T, true>(work, shared, b, k, d, active, slot, tile, offset_B(k), offset_C(k), round == 0, buffer);
+          scan_backward_tile<T, true>(work, shared, b, k, d, active, slot, tile, offset_B, offset_C, round == 0, buffer);
         else
-          scan_backward_tile<T, false>(work, shared, b, k, d, active, slot, tile, offset_B(k), offset_C(k), round == 0, buffer);
+          scan_backward_tile<T, false>(work, shared, b, k, d, active, slot, tile, offset_B, offset_C, round == 0, buffer);
         __syncwarp();
       }
     }
@@ -323,7 +320,7 @@ DASS_DEVICE void scan_adjoint_walk(const ScanBackwardWork& work, int64_t b, int6
   const int lane = threadIdx.x % kWarp;
   const Lanes<kWarp, !kDown> lanes{lane};
   const int64_t N = sizes.state, segment_row = (b * sizes.directions + k) * work.segments.count + segment;
-  const ProjectionRows<T> C_rows(call.C, sizes.channels, b, k, d);
+  const ProjectionRows<T> C_rows(call.C, work.share_C, b, k, d);
   const S bias = call.delta_bias ? static_cast<const S*>(call.delta_bias)[k * sizes.channels + d] : S(0);
   for (int64_t n = lane; n < N; n += kWarp) {
     A2[n] = static_cast<const S*>(call.A)[(k * sizes.channels + d) * N + n] * S(kLog2E);
@@ -378,22 +375,17 @@ DASS_DEVICE void scan_adjoint_walk(const ScanBackwardWork& work, int64_t b, int6
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kForwardWarps * kWarp) scan_adjoint_kernel(const ScanBackwardWork work) {
+__global__ void __launch_bounds__(kForwardWarps * kWarp, 6) scan_adjoint_kernel(const ScanBackwardWork work) {
   using S = State<T>;
   const ScanSizes& sizes = work.call.sizes;
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const int64_t blocks = (sizes.channels + warps - 1) / warps;
-  int64_t index = blockIdx.x;
-  const int64_t d = index % blocks * warps + warp;
-  index /= blocks;
-  const int64_t segment = index % work.segments.count;
-  index /= work.segments.count;
-  const int64_t k = index % sizes.directions, b = index / sizes.directions;
+  const BlockPlace place(work.channel_blocks, work.segments.count, sizes.directions);
+  const int64_t d = static_cast<int64_t>(place.channels) * warps + warp, k = place.direction;
   if (d >= sizes.channels) return;
   S* A2 = shared_memory<S>() + 2 * warp * sizes.state;
   S* carry = A2 + sizes.state;
-  if (sizes.reversed(k)) scan_adjoint_walk<T, true>(work, b, k, d, segment, A2, carry);
-  else scan_adjoint_walk<T, false>(work, b, k, d, segment, A2, carry);
+  if (sizes.reversed(k)) scan_adjoint_walk<T, true>(work, place.batch, k, d, place.segment, A2, carry);
+  else scan_adjoint_walk<T, false>(work, place.batch, k, d, place.segment, A2, carry);
 }
 
 }  // namespace dass

@@ -17,7 +17,7 @@ static_assert(kTile == kSaveEvery, "a tile starts from a boundary state");
 enum Vectors : int { kVectorU = 1, kVectorDelta = 2, kVectorZ = 4, kVectorB = 8, kVectorC = 16, kVectorOut = 32, kVectorRows = 64 };
 
 struct Segments {
-  int64_t count = 1, tiles = 0;  // how many; tiles in each
+  int64_t count = 1, tiles = 0;  // how many (fewer than 2^31, like the blocks of a grid); tiles in each
   void* states = nullptr;        // (batch, directions, count, state, channels): of a summary, then what enters each segment
   void* sums = nullptr;          // (batch, directions, count, channels): sum of dt over the segment
 };
@@ -26,8 +26,25 @@ struct ScanForwardWork {
   ScanForward call;
   Segments segments;
   int64_t tiles = 0;
+  unsigned channel_blocks = 1;        // thread blocks for the channels of one sequence
+  unsigned share_B = 1, share_C = 1;  // channels in a group
   void* partial = nullptr;  // (batch, channels, length) of state dtype: the sum over the directions so far, where u is shared
   int vectors = 0;
+};
+
+// What a block of the grid (batch, directions, segments, blocks of channels) does. 32 bits: a grid has fewer than 2^31 blocks.
+struct BlockPlace {
+  unsigned channels, segment, direction, batch;
+
+  DASS_DEVICE BlockPlace(unsigned channel_blocks, int64_t segments, int64_t directions) {
+    unsigned index = blockIdx.x;
+    channels = index % channel_blocks;
+    index /= channel_blocks;
+    segment = index % static_cast<unsigned>(segments);
+    index /= static_cast<unsigned>(segments);
+    direction = index % static_cast<unsigned>(directions);
+    batch = index / static_cast<unsigned>(directions);
+  }
 };
 
 // The row of B or C that a channel reads.
@@ -37,8 +54,8 @@ struct ProjectionRows {
   int64_t offset, stride;
   bool constant;
 
-  DASS_DEVICE ProjectionRows(const Projection& p, int64_t channels, int64_t b, int64_t k, int64_t d)
-      : data(p.data), offset(b * p.batch + k * p.direction + d / (channels / p.groups) * p.group), stride(p.state),
+  DASS_DEVICE ProjectionRows(const Projection& p, unsigned share, int64_t b, int64_t k, int64_t d)
+      : data(p.data), offset(b * p.batch + k * p.direction + static_cast<unsigned>(d) / share * p.group), stride(p.state),
         constant(p.constant) {}
 
   DASS_DEVICE void load(Run<State<T>>& run, int64_t n, int64_t first, int count, bool vectors) const {
@@ -73,7 +90,7 @@ DASS_DEVICE void scan_forward_walk(const ScanForwardWork& work, int64_t b, int64
   const int64_t segment_row = (b * sizes.directions + k) * work.segments.count + segment;
   const T *u_row = row_of<T>(call.u, b, k, d), *delta_row = row_of<T>(call.delta, b, k, d);
   const T* z_row = call.z.data ? row_of<T>(call.z, b, k, d) : nullptr;
-  const ProjectionRows<T> B_rows(call.B, sizes.channels, b, k, d), C_rows(call.C, sizes.channels, b, k, d);
+  const ProjectionRows<T> B_rows(call.B, work.share_B, b, k, d), C_rows(call.C, work.share_C, b, k, d);
   const S bias = call.delta_bias ? static_cast<const S*>(call.delta_bias)[k * sizes.channels + d] : S(0);
   const S skip = call.D ? static_cast<const S*>(call.D)[k * sizes.channels + d] : S(0);
   S* const states = static_cast<S*>(work.segments.states);
@@ -180,21 +197,15 @@ __global__ void __launch_bounds__(kForwardWarps * kWarp) scan_forward_kernel(con
   const ScanSizes& sizes = work.call.sizes;
   const bool all_directions = sizes.shared && !kSummary;
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const int64_t blocks = (sizes.channels + warps - 1) / warps;
-  int64_t index = blockIdx.x;
-  const int64_t d = index % blocks * warps + warp;
-  index /= blocks;
-  const int64_t segment = index % work.segments.count;
-  index /= work.segments.count;
-  const int64_t directions = all_directions ? 1 : sizes.directions;
-  const int64_t first_direction = index % directions, b = index / directions;
+  const BlockPlace place(work.channel_blocks, work.segments.count, all_directions ? 1 : sizes.directions);
+  const int64_t d = static_cast<int64_t>(place.channels) * warps + warp, first_direction = place.direction;
   if (d >= sizes.channels) return;
   S* A2 = shared_memory<S>() + 2 * warp * sizes.state;
   S* carry = A2 + sizes.state;
   const int64_t end = all_directions ? sizes.directions : first_direction + 1;
   for (int64_t k = first_direction; k < end; ++k) {
-    if (sizes.reversed(k)) scan_forward_walk<T, true, kSummary>(work, b, k, d, segment, A2, carry);
-    else scan_forward_walk<T, false, kSummary>(work, b, k, d, segment, A2, carry);
+    if (sizes.reversed(k)) scan_forward_walk<T, true, kSummary>(work, place.batch, k, d, place.segment, A2, carry);
+    else scan_forward_walk<T, false, kSummary>(work, place.batch, k, d, place.segment, A2, carry);
   }
 }
 

@@ -48,6 +48,11 @@ int vectors_of(const Projection& p, int bit) {
   return !p.constant && in_vectors<T>(p.data, p.batch, p.direction, p.group, p.state) ? bit : 0;
 }
 
+inline unsigned share_of(const Projection& p, const ScanSizes& sizes) {  // channels in a group
+  if (sizes.channels > 0x7fffffff) throw std::runtime_error("The channels are more than 2^31 - 1; split them.");
+  return static_cast<unsigned>(std::max<int64_t>(sizes.channels / p.groups, 1));
+}
+
 inline std::string too_many_states(int64_t state) {
   return "The state size " + std::to_string(state) + " is more than the shared memory of this GPU holds; split the states.";
 }
@@ -60,6 +65,8 @@ ScanForwardWork plan_scan_forward(const ScanForward& call, Scratch& scratch) {
   ScanForwardWork work;
   work.call = call;
   work.tiles = divide_up(sizes.length, kTile);
+  work.share_B = share_of(call.B, sizes);
+  work.share_C = share_of(call.C, sizes);
   plan_segments(work.segments, sizes.batch * sizes.outputs() * sizes.channels, work.tiles);
   take_segments<S>(work.segments, sizes, scratch);
   if (sizes.shared)
@@ -84,13 +91,15 @@ template <typename T>
 void ScanKernels<T>::run(const ScanForward& call, const Device& device, void* workspace) {
   using S = State<T>;
   Scratch scratch(workspace);
-  const ScanForwardWork work = plan_scan_forward<T>(call, scratch);
+  ScanForwardWork work = plan_scan_forward<T>(call, scratch);
   const ScanSizes& sizes = call.sizes;
   const size_t per_warp = 2 * sizes.state * sizeof(S);
   if (per_warp > device.shared_bytes) throw std::runtime_error(too_many_states(sizes.state));
   int warps = static_cast<int>(std::min<int64_t>(kForwardWarps, sizes.channels));
   while (warps > 1 && warps * per_warp > device.shared_bytes) --warps;
-  const int64_t blocks = sizes.channels ? divide_up(sizes.channels, warps) * work.segments.count * sizes.batch : 0;
+  if (sizes.channels == 0) return;
+  work.channel_blocks = static_cast<unsigned>(divide_up(sizes.channels, warps));
+  const int64_t blocks = work.channel_blocks * work.segments.count * sizes.batch;
   if (work.segments.count > 1) {
     launch(scan_forward_kernel<T, true>, blocks * sizes.directions, warps * kWarp, warps * per_warp, device, work);
     carry_segments<T>(sizes, work.segments, call.A, call.initial_state, sizes.reverse, device);
@@ -113,10 +122,13 @@ BackwardPlan<T> plan_scan_backward(const ScanBackward& call, const Device& devic
   ScanBackwardWork work;
   work.call = call;
   work.tiles = divide_up(sizes.length, kTile);
+  work.share_B = share_of(call.B, sizes);
+  work.share_C = share_of(call.C, sizes);
   // Channels between two borders of a group; the channels of a block lie within one such unit.
-  work.unit = sizes.channels;
-  for (const Projection* p : {&call.B, &call.C})
-    if (!p->constant) work.unit = std::gcd(work.unit, sizes.channels / p->groups);
+  work.unit = static_cast<unsigned>(sizes.channels);
+  if (!call.B.constant) work.unit = std::gcd(work.unit, work.share_B);
+  if (!call.C.constant) work.unit = std::gcd(work.unit, work.share_C);
+  work.units = static_cast<unsigned>(sizes.channels) / work.unit;
   int warps = static_cast<int>(std::min<int64_t>(kBackwardWarps, work.unit));
   const auto bytes = [&](int64_t rounds) { return BackwardShared<S>::count(warps, rounds, sizes.state) * sizeof(S); };
   while (warps > 1 && bytes(1) > device.shared_bytes) warps /= 2;
@@ -128,7 +140,7 @@ BackwardPlan<T> plan_scan_backward(const ScanBackward& call, const Device& devic
   while (work.rounds < 4 && warps * work.rounds < work.unit && bytes(2 * work.rounds) <= device.shared_bytes / 2 &&
          sequences * work.segments.count >= 2 * work.rounds * kEnoughWarps)
     work.rounds *= 2;
-  work.blocks = divide_up(work.unit, warps * work.rounds);
+  work.blocks = static_cast<unsigned>(divide_up(work.unit, warps * work.rounds));
 
   take_segments<S>(work.segments, sizes, scratch);
   const int64_t parts = sizes.batch * work.segments.count, rows = sizes.directions * sizes.channels;
@@ -136,7 +148,7 @@ BackwardPlan<T> plan_scan_backward(const ScanBackward& call, const Device& devic
     if (p.constant) {
       part = scratch.take(parts * rows * sizes.state, sizeof(S));
     } else {
-      slabs = sizes.channels / p.groups / work.unit * work.blocks;
+      slabs = sizes.channels / p.groups / work.unit * int64_t{work.blocks};
       slab = scratch.take(slabs * sizes.batch * sizes.directions * p.groups * sizes.state * sizes.length, sizeof(S));
     }
   };
@@ -171,16 +183,17 @@ void ScanKernels<T>::run(const ScanBackward& call, const Device& device, void* w
   const ScanSizes& sizes = call.sizes;
   if (sizes.channels == 0) return;
   Scratch scratch(workspace);
-  const BackwardPlan<T> plan = plan_scan_backward<T>(call, device, scratch);
-  const ScanBackwardWork& work = plan.work;
+  BackwardPlan<T> plan = plan_scan_backward<T>(call, device, scratch);
+  ScanBackwardWork& work = plan.work;
   if (work.segments.count > 1) {
     const int adjoint_warps = static_cast<int>(std::min<int64_t>(kForwardWarps, sizes.channels));
-    launch(scan_adjoint_kernel<T>, divide_up(sizes.channels, adjoint_warps) * work.segments.count * sizes.batch * sizes.directions,
+    work.channel_blocks = static_cast<unsigned>(divide_up(sizes.channels, adjoint_warps));
+    launch(scan_adjoint_kernel<T>, work.channel_blocks * work.segments.count * sizes.batch * sizes.directions,
            adjoint_warps * kWarp, adjoint_warps * 2 * sizes.state * sizeof(S), device, work);
     carry_segments<T>(sizes, work.segments, call.A, call.d_last_state, ~sizes.reverse, device);
   }
   launch(scan_backward_kernel<T>,
-         work.blocks * (sizes.channels / work.unit) * work.segments.count * sizes.batch * sizes.outputs(), plan.warps * kWarp,
+         work.blocks * static_cast<int64_t>(work.units) * work.segments.count * sizes.batch * sizes.outputs(), plan.warps * kWarp,
          BackwardShared<S>::count(plan.warps, work.rounds, sizes.state) * sizeof(S), device, work);
   const int64_t rows = sizes.directions * sizes.channels;
   const auto sum_slabs = [&](const Projection& p, int64_t slabs, const void* slab, const void* part, void* out) {

@@ -25,6 +25,7 @@ struct Ss2dBackwardWork {
   Staging staging;
   int64_t slabs = 0;  // blocks that share the channels of a tile
   int sets = 0;       // of Layout::kChannels channels, for a block
+  unsigned position_blocks = 0;  // of ss2d_sum_slabs_kernel, for the positions of the map
   bool vectors = false;
   const void *states[2] = {nullptr, nullptr}, *adjoints[2] = {nullptr, nullptr};  // what enters each piece, as in the summary
   void* slab[2] = {nullptr, nullptr};  // by pair: (slabs, batch, 2, rows, pieces, kPiece)
@@ -274,20 +275,26 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
 }
 
 // Where a position of the map stands in a row of the slab of direction k: `along` and `across` the lines of its order.
-DASS_DEVICE int64_t slab_step(const Geometry& g, int k, int64_t row, int64_t column) {
+DASS_DEVICE int64_t slab_step(const Geometry& g, int k, unsigned row, unsigned column) {
   const bool rows = k % 2 == kRows, reversed = k >= 2;
-  const int64_t piece = Layout<4>::kPiece, along = rows ? column : row, across = rows ? row : column;
-  const int64_t all_along = rows ? g.width : g.height, all_across = rows ? g.height : g.width;
-  const int64_t tile_along = rows ? g.tile_width : g.tile_height, tile_across = rows ? g.tile_height : g.tile_width;
-  const int64_t tiles_along = rows ? g.tiles_across : g.tiles_down, tiles_over = rows ? g.tiles_down : g.tiles_across;
-  const auto within = [&](int64_t at, int64_t tile, int64_t all) {  // its tile, counted in the order of the scan
-    const int64_t start = at / tile * tile, size = all - start < tile ? all - start : tile;
+  constexpr int piece = Layout<4>::kPiece;
+  const unsigned along = rows ? column : row, across = rows ? row : column;
+  const unsigned all_along = static_cast<unsigned>(rows ? g.width : g.height), all_across = static_cast<unsigned>(rows ? g.height : g.width);
+  const unsigned tile_along = rows ? g.tile_width : g.tile_height, tile_across = rows ? g.tile_height : g.tile_width;
+  const unsigned tiles_along = static_cast<unsigned>(rows ? g.tiles_across : g.tiles_down);
+  const unsigned tiles_over = static_cast<unsigned>(rows ? g.tiles_down : g.tiles_across);
+  const auto within = [&](unsigned at, unsigned start, unsigned tile, unsigned all) {  // its tile, counted in the order of the scan
+    const unsigned size = all - start < tile ? all - start : tile;
     return reversed ? size - 1 - (at - start) : at - start;
   };
-  const int64_t t = along / tile_along, o = across / tile_across, step = within(along, tile_along, all_along);
-  if (g.per_line[k % 2])
-    return ((reversed ? all_across - 1 - across : across) * tiles_along + (reversed ? tiles_along - 1 - t : t)) * g.per_line[k % 2] * piece + step;
-  return (reversed ? tiles_over - 1 - o : o) * g.pieces[k % 2] * piece + within(across, tile_across, all_across) * all_along + step;
+  const unsigned t = along / tile_along, o = across / tile_across;
+  const unsigned step = within(along, t * tile_along, tile_along, all_along);
+  if (g.per_line[k % 2]) {
+    const unsigned line = reversed ? all_across - 1 - across : across, tile = reversed ? tiles_along - 1 - t : t;
+    return (static_cast<int64_t>(line) * tiles_along + tile) * g.per_line[k % 2] * piece + step;
+  }
+  return static_cast<int64_t>(reversed ? tiles_over - 1 - o : o) * g.pieces[k % 2] * piece +
+         static_cast<int64_t>(within(across, o * tile_across, tile_across, all_across)) * all_along + step;
 }
 
 constexpr int kSlabThreads = 256;
@@ -298,28 +305,24 @@ __global__ void __launch_bounds__(kSlabThreads) ss2d_sum_slabs_kernel(const Ss2d
   using S = State<T>;
   const Ss2dSizes& sizes = work.call.sizes;
   const Geometry& g = work.geometry;
-  int64_t index = static_cast<int64_t>(blockIdx.x) * kSlabThreads + threadIdx.x;
-  if (index >= sizes.batch * 4 * sizes.rows() * sizes.length()) return;
-  T* out = static_cast<T*>(work.call.d_x_dbl) + index;
-  const int64_t position = index % sizes.length();
-  index /= sizes.length();
-  const int64_t row = index % sizes.rows();
-  index /= sizes.rows();
-  const int64_t k = index % 4, b = index / 4;
+  const unsigned share = work.position_blocks, line = blockIdx.x / share;  // line: batch, direction and row of x_dbl
+  const unsigned row = line % static_cast<unsigned>(sizes.rows()), k = line / static_cast<unsigned>(sizes.rows()) % 4;
+  const int64_t b = line / static_cast<unsigned>(sizes.rows()) / 4;
+  const int64_t position = int64_t{blockIdx.x % share} * kSlabThreads + threadIdx.x;
+  if (position >= sizes.length()) return;
   const int pair = k % 2;
-  const int64_t steps = g.total[pair] * Layout<4>::kPiece;
+  const int64_t steps = g.total[pair] * Layout<4>::kPiece, y = position / g.width;
   const S* from = static_cast<const S*>(work.slab[pair]) + ((b * 2 + k / 2) * sizes.rows() + row) * steps +
-                  slab_step(g, static_cast<int>(k), position / g.width, position % g.width);
+                  slab_step(g, static_cast<int>(k), static_cast<unsigned>(y), static_cast<unsigned>(position - y * g.width));
   S sum = 0;
   for (int64_t slab = 0; slab < work.slabs; ++slab) sum += from[slab * sizes.batch * 2 * sizes.rows() * steps];
-  *out = static_cast<T>(sum);
+  static_cast<T*>(work.call.d_x_dbl)[line * sizes.length() + position] = static_cast<T>(sum);
 }
 
 template <typename T>
 void sum_slabs(const Ss2dBackwardWork& work, const Device& device) {
-  const Ss2dSizes& sizes = work.call.sizes;
-  const int64_t count = sizes.batch * 4 * sizes.rows() * sizes.length();
-  launch(ss2d_sum_slabs_kernel<T>, (count + kSlabThreads - 1) / kSlabThreads, kSlabThreads, 0, device, work);
+  launch(ss2d_sum_slabs_kernel<T>, work.call.sizes.batch * 4 * work.call.sizes.rows() * work.position_blocks, kSlabThreads, 0,
+         device, work);
 }
 
 template <typename T, bool kWhole, bool kOneState>

@@ -317,6 +317,7 @@ Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& devi
   work.part_bias = scratch.take(parts * 4 * sizes.channels, sizeof(S));
   work.part_A = scratch.take(parts * 4 * sizes.channels * sizes.state, sizeof(S));
   work.part_Ds = scratch.take(parts * sizes.channels, sizeof(S));
+  work.position_blocks = static_cast<unsigned>(divide_up(sizes.length(), kSlabThreads));
   work.vectors = runs_in_vectors<T>(work.geometry, call.d_x);
   return plan;
 }
@@ -350,6 +351,10 @@ void Ss2dKernels<T>::run(const Ss2dBackward& call, const Device& device, void* w
       else run_kernel(ss2d_backward_kernel<T, false, false>);
     }
     parts = sizes.batch * work.geometry.tiles();
+  } else if (sizes.length() > 0) {  // no channels: no slabs, and so zeros
+    plan.work.call = call;
+    plan.work.geometry = whole_map(sizes, Layout<4>::kPiece);
+    plan.work.position_blocks = static_cast<unsigned>(divide_up(sizes.length(), kSlabThreads));
   }
   const Ss2dBackwardWork& work = plan.work;
   sum_parts<S, S>(work.part_weight, call.d_dt_weight, parts, 4 * D * sizes.rank, device);
