@@ -15,8 +15,8 @@ def device_of(backend: Backend) -> str:
 
 
 def interpreted(backend: Backend) -> bool:
-    """Whether kernels run thread by thread or operation by operation in software: shapes must be small."""
-    return backend is Backend.EMULATED or (backend is Backend.TRITON and device_of(backend) == "cpu")
+    """Whether kernels run operation by operation in Python: shapes must be small."""
+    return backend is Backend.TRITON and device_of(backend) == "cpu"
 
 
 @pytest.fixture(params=NATIVE, ids=str)
