@@ -1,14 +1,16 @@
 """The extension modules of dass_ops and their sources. Metadata: pyproject.toml; operators: csrc/schema.cpp.
 
-Built against the torch that is installed. The CUDA kernels are unfinished and built on request only, where torch is a CUDA
-build and an nvcc is found. Environment: DASS_OPS_CUDA=1 (build them, or fail), DASS_OPS_EMULATED=1 (build their host
-emulation, a test backend), TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
+Built against the torch that is installed. The CUDA kernels are built where torch is a CUDA build and its nvcc is found.
+Environment: DASS_OPS_CUDA=0 (leave them out) or 1 (build them, or fail), DASS_OPS_EMULATED=1 (build their emulation on the
+host too, a test backend), TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
 """
 
 import glob
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,13 +37,24 @@ def find_cuda_home():
     return None
 
 
+def nvcc_version(cuda_home):
+    """Such as "13.0"."""
+    shown = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", shown)[1]
+
+
 def why_no_cuda(torch, cuda_home):
-    if os.environ.get("DASS_OPS_CUDA") != "1":
-        return "the CUDA kernels are not finished and are left out unless DASS_OPS_CUDA=1"
+    if os.environ.get("DASS_OPS_CUDA") == "0":
+        return "left out by DASS_OPS_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cuda_home is None:
         return "no CUDA toolkit with nvcc was found (set CUDA_HOME)"
+    version = nvcc_version(cuda_home)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"nvcc in {cuda_home} is of CUDA {version}, torch of {torch.version.cuda} (set CUDA_HOME to one that fits)"
+        )
     if not sources("csrc/cuda"):
         return "this source tree has no CUDA sources"
     return None

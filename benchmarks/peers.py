@@ -225,8 +225,23 @@ def _accelerated_scan(problem: Problem, flags: tuple[bool, ...]) -> Scan:
 
 
 def _mamba_ssm(problem: Problem, flags: tuple[bool, ...]) -> Scan:
-    scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    return lambda u, delta, A, B, C, D, bias: scan(u, delta, A, B, C, D, None, bias, True)
+    """Its compiled module, which build_peers.py builds without the rest of the package."""
+    kernels = importlib.import_module("selective_scan_cuda")
+
+    class Mamba(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u, delta, A, B, C, D, bias):
+            out, x, *_ = kernels.fwd(u, delta, A, B, C, D, None, bias, True)
+            ctx.save_for_backward(u, delta, A, B, C, D, bias, x)
+            return out
+
+        @staticmethod
+        def backward(ctx, d_out):
+            u, delta, A, B, C, D, bias, x = ctx.saved_tensors
+            d_out = d_out.contiguous()
+            return tuple(kernels.bwd(u, delta, A, B, C, D, None, bias, d_out, x, None, None, True, False)[:7])
+
+    return Mamba.apply
 
 
 def _vmamba(problem: Problem, flags: tuple[bool, ...]) -> Scan:
@@ -256,7 +271,7 @@ PEERS = (
     Peer("hoisted loop", "", ("cpu", "cuda"), lambda problem, flags: hoisted_loop, _only_float32),
     Peer("mambapy", "mambapy", ("cpu", "cuda"), _mambapy, estimate=_mambapy_seconds),
     Peer("compiled", "", ("cpu", "cuda"), _compiled, _only_float32, walks_back=True, compiles=True),
-    Peer("mamba_ssm", "mamba_ssm", ("cuda",), _mamba_ssm),
+    Peer("mamba_ssm", "selective_scan_cuda", ("cuda",), _mamba_ssm),
     Peer("vmamba", "selective_scan_cuda_oflex", ("cuda",), _vmamba),
     Peer("fla", "fla", ("cuda",), _fla),
     Peer("accelerated_scan", "accelerated_scan", ("cuda",), _accelerated_scan, _only_float32),

@@ -65,10 +65,20 @@ def compiled(source: Path, arch: str, folder: Path) -> list[Kernel]:
     home, torch = cuda_home(), importlib.util.find_spec("torch")
     if home is None or torch is None or torch.origin is None:
         raise SystemExit("nvcc (set CUDA_HOME) and torch, for its headers, are needed.")
-    command = [str(home / "bin/nvcc"), "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch={arch}", "-Xptxas", "-v"]
+    command = [
+        str(home / "bin/nvcc"),
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+    ]
     include = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.origin).parent / 'include'}"]
     target = folder / f"{source.stem}.{arch}.cubin"
-    done = subprocess.run([*command, *include, "-cubin", str(source), "-o", str(target)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *include, "-cubin", str(source), "-o", str(target)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     return parse_ptxas(done.stdout + done.stderr)
@@ -93,7 +103,9 @@ def built(library: Path) -> list[Kernel]:
     tool = cuobjdump()
     if tool is None:
         raise SystemExit("cuobjdump is needed: it comes with the CUDA toolkit and with Triton.")
-    done = subprocess.run([str(tool), "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    )
     return parse_resource_usage(done.stdout)
 
 

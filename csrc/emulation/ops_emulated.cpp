@@ -1,7 +1,8 @@
 // The CUDA kernels as operators on CPU tensors, run by the emulation, for tests: dass_ops::scan_forward_emulated and so on.
 //
-// Outputs and scratch memory are filled with NaN first, so that nothing unwritten passes for a result. DASS_OPS_EMULATION_SHARED
-// sets the bytes of shared memory that a block may have (default: those of an H100), and with them the plan.
+// Outputs and scratch memory are filled with NaN first, so that nothing unwritten passes for a result. The environment changes
+// the plan: DASS_OPS_EMULATION_SHARED is the bytes of shared memory that a block may have (default: those of an H100),
+// DASS_OPS_EMULATION_FEW_BLOCKS how many blocks are too few to fill the GPU.
 #include <cstdlib>
 #include <cstring>
 
@@ -15,6 +16,7 @@ class Emulated {
   explicit Emulated(const at::Tensor&) {
     const char* shared = std::getenv("DASS_OPS_EMULATION_SHARED");
     device_.shared_bytes = shared ? std::strtoull(shared, nullptr, 10) : 227 << 10;
+    if (const char* blocks = std::getenv("DASS_OPS_EMULATION_FEW_BLOCKS")) device_.few_blocks = std::strtoll(blocks, nullptr, 10);
   }
 
   const Device& device() const { return device_; }

@@ -129,9 +129,8 @@ DASS_DEVICE void scan_forward_walk(const ScanForwardWork& work, int64_t b, int64
     }
     total += sum;
     for (int64_t n = 0; n < N; ++n) {
-      Run<S> a, w, C;
+      Run<S> a, w;
       B_rows.load(w, n, first, count, work.vectors & kVectorB);
-      if (!kSummary) C_rows.load(C, n, first, count, work.vectors & kVectorC);
       const S factor = A2[n];
       S q = 0;
 #pragma unroll
@@ -146,6 +145,8 @@ DASS_DEVICE void scan_forward_walk(const ScanForwardWork& work, int64_t b, int64
       __syncwarp();
       if (lane == 0) carry[n] = next;
       if constexpr (!kSummary) {
+        Run<S> C;  // not before: registers
+        C_rows.load(C, n, first, count, work.vectors & kVectorC);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           const int j = lanes.step(i);
@@ -192,7 +193,7 @@ DASS_DEVICE void scan_forward_walk(const ScanForwardWork& work, int64_t b, int64
 constexpr int kForwardWarps = 4;
 
 template <typename T, bool kSummary>
-__global__ void __launch_bounds__(kForwardWarps * kWarp) scan_forward_kernel(const ScanForwardWork work) {
+__global__ void __launch_bounds__(kForwardWarps * kWarp, kSummary ? 6 : 4) scan_forward_kernel(const ScanForwardWork work) {
   using S = State<T>;
   const ScanSizes& sizes = work.call.sizes;
   const bool all_directions = sizes.shared && !kSummary;

@@ -137,7 +137,7 @@ BackwardPlan<T> plan_scan_backward(const ScanBackward& call, const Device& devic
   plan_segments(work.segments, sequences, work.tiles);
   // Several channels to a warp: fewer slabs. As long as there is work for the whole machine.
   work.rounds = 1;
-  while (work.rounds < 4 && warps * work.rounds < work.unit && bytes(2 * work.rounds) <= device.shared_bytes / 2 &&
+  while (work.rounds < 4 && warps * work.rounds < static_cast<int>(work.unit) && bytes(2 * work.rounds) <= device.shared_bytes / 2 &&
          sequences * work.segments.count >= 2 * work.rounds * kEnoughWarps)
     work.rounds *= 2;
   work.blocks = static_cast<unsigned>(divide_up(work.unit, warps * work.rounds));

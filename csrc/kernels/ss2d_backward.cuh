@@ -25,8 +25,11 @@ struct Ss2dBackwardWork {
   Staging staging;
   int64_t slabs = 0;  // blocks that share the channels of a tile
   int sets = 0;       // of Layout::kChannels channels, for a block
+  void* out = nullptr;      // d_x; or `partial`
+  bool out_as_state = false;
+  void* partial = nullptr;  // (4, batch, channels, map) of state dtype: blocks walk one direction each and leave its d_x here
   unsigned position_blocks = 0;  // of ss2d_sum_slabs_kernel, for the positions of the map
-  bool vectors = false;
+  bool vectors = false;  // of out
   const void *states[2] = {nullptr, nullptr}, *adjoints[2] = {nullptr, nullptr};  // what enters each piece, as in the summary
   void* slab[2] = {nullptr, nullptr};  // by pair: (slabs, batch, 2, rows, pieces, kPiece)
   // (batch, tiles, 4, channels[, rank or state]); of Ds without the 4
@@ -37,9 +40,9 @@ struct Ss2dBackwardWork {
 struct Ss2dBackwardTurn {
   Order order;
   const void* x_dbl;  // of the clip and direction
-  void* d_x;          // of the clip
+  int64_t clip;       // elements of d_x before the clip
   void* slab;         // of the block, clip and direction: (rows, pieces, kPiece)
-  int64_t pieces;     // before those of the clip and direction, in states and adjoints
+  const void *states, *adjoints;  // of the clip and direction: what enters each piece
 };
 
 template <typename T, bool kWhole>
@@ -73,6 +76,18 @@ struct Ss2dBackwardShared {
     bytes = all.used();
   }
 };
+
+// The two channels of a lane are added up in shared memory.
+template <typename S>
+DASS_DEVICE void add_up(S* place, Run<S>& run, int channel) {
+  if (channel == 1) {
+    Run<S> first;
+    load_run<S>(first, place, kRun, true);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run[i] += first[i];
+  }
+  store_run<S>(place, run, kRun, true);
+}
 
 template <typename T, bool kWhole, bool kOneState>
 DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2dBackwardShared<T, kWhole>& shared, int k,
@@ -167,9 +182,9 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           for (int other = warps - 1; other > warp; --other) leaving = all[other * L::kGroups * 4] * leaving + all[other * L::kGroups * 4 + 2];
           buffer ^= 1;
         } else {
-          const int64_t at = ((shared.turn->pieces + order.number(piece)) * state + n) * D + d;
-          entering = present[c] ? static_cast<const S*>(work.states[pair])[at] : S(0);
-          leaving = present[c] ? static_cast<const S*>(work.adjoints[pair])[at] : S(0);
+          const int64_t at = (order.number(piece) * state + n) * D + d;
+          entering = present[c] ? static_cast<const S*>(shared.turn->states)[at] : S(0);
+          leaving = present[c] ? static_cast<const S*>(shared.turn->adjoints)[at] : S(0);
         }
         const S factor_up = up.before(factor, 1), sum_up = up.before(q, 1);
         const S factor_down = down.before(factor_back, 1), sum_down = down.before(r, 1);
@@ -181,6 +196,7 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           h = ah[i] + dt[i] * x[i] * B[i];
           d_C[i] = g[i] * h;
         }
+        if constexpr (kOneState) add_up(gradients.place(1), d_C, c);
         S d_A = 0;
 #pragma unroll
         for (int i = kRun - 1; i >= 0; --i) {
@@ -194,18 +210,8 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
         }
         d_A = sum_over<L::kLanes>(d_A);
         if (up.place == 0) channel_parameters[rank + 1 + n] += d_A;
-        if constexpr (kOneState) {  // the two channels of a lane are added up in shared memory
-          if (c == 1) {
-            Run<S> first;
-            load_run<S>(first, gradients.place(0), kRun, true);
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) d_B[i] += first[i];
-            load_run<S>(first, gradients.place(1), kRun, true);
-#pragma unroll
-            for (int i = 0; i < kRun; ++i) d_C[i] += first[i];
-          }
-          store_run<S>(gradients.place(0), d_B, kRun, true);
-          store_run<S>(gradients.place(1), d_C, kRun, true);
+        if constexpr (kOneState) {
+          add_up(gradients.place(0), d_B, c);
         } else {
           const S sum_d_B[1] = {sum_over_groups(d_B, group)}, sum_d_C[1] = {sum_over_groups(d_C, group)};
           add_to_slab(rank + n, up.place * kRun + group, sum_d_B, first_set && c == 0);
@@ -238,8 +244,8 @@ DASS_DEVICE void ss2d_backward_direction(const Ss2dBackwardWork& work, const Ss2
           const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
 #pragma unroll
           for (int i = 0; i < kRun; ++i) sum_B[i] += skip * g[i];
-          store_run<T>(static_cast<T*>(shared.turn->d_x) + d * sizes.length() + steps.map_position(order), sum_B, steps.count,
-                       work.vectors);
+          store_run<T>(work.out, shared.turn->clip + d * sizes.length() + steps.map_position(order), sum_B, steps.count, work.vectors,
+                       work.out_as_state);
         }
       }
       d_bias = sum_over<L::kLanes>(d_bias);
@@ -333,7 +339,9 @@ __global__ void __launch_bounds__(backward_warps(kOneState) * kWarp) ss2d_backwa
   const int rank = static_cast<int>(sizes.rank), state = static_cast<int>(sizes.state), per_channel = rank + state + 2;
   const int warps = blockDim.x / kWarp;
   const int slabs = static_cast<int>(work.slabs), tiles = static_cast<int>(work.geometry.tiles());
-  const int slab = blockIdx.x % slabs, part = blockIdx.x / slabs, tile = part % tiles, b = part / tiles;
+  const bool split = work.partial;
+  const Turns turns(split);
+  const int slab = turns.rest % slabs, part = turns.rest / slabs, tile = part % tiles, b = part / tiles;
   const int64_t D = sizes.channels;
   const bool wide = sizes.out != sizes.io;
   const Ss2dBackwardShared<T, kWhole> shared(shared_memory<unsigned char>(), warps, work.staging, work.geometry, rank, state, wide);
@@ -350,16 +358,17 @@ __global__ void __launch_bounds__(backward_warps(kOneState) * kWarp) ss2d_backwa
     MapTile<T, 4>{shared.x, false}.load(work.call.x, b, first_channel, present, 1, work.geometry, rows);
     MapTile<T, 4>{shared.d_y, wide}.load(work.call.d_y, b, first_channel, present, 1, work.geometry, rows);
 #pragma unroll 1
-    for (int turn = 0; turn < 4; ++turn) {
-      const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn, pair = k % 2;  // 1, 3, 2, 0
+    for (int turn = turns.begin; turn < turns.end; ++turn) {
+      const int k = Turns::direction(turn), pair = k % 2;
       __syncthreads();
+      if (split && turn == 3) clear_tile(shared.d_x, L::kChannels, work.geometry);
       if (threadIdx.x == 0) {
-        const int64_t total = work.geometry.total[pair], clip = 2 * b + k / 2;
+        const int64_t total = work.geometry.total[pair], clip = 2 * b + k / 2, before = kWhole ? 0 : clip * total * state * D;
         *shared.turn = {Order(work.geometry, k, tile),
                         static_cast<const T*>(work.call.x_dbl.data) + b * work.call.x_dbl.batch + k * work.call.x_dbl.direction,
-                        static_cast<T*>(work.call.d_x) + b * D * sizes.length(),
+                        b * D * sizes.length(),
                         static_cast<S*>(work.slab[pair]) + (slab * sizes.batch * 2 + clip) * sizes.rows() * total * L::kPiece,
-                        clip * total};
+                        static_cast<const S*>(work.states[pair]) + before, static_cast<const S*>(work.adjoints[pair]) + before};
       }
       load_factors<T>(shared.A2, work.parameters.A_logs, k * D + first_channel, present, L::kChannels, state);
       LowRankWeights<T, 4>{shared.weights}.load(work.parameters.dt_weight, k * D + first_channel, present, 1, rank);
@@ -367,8 +376,11 @@ __global__ void __launch_bounds__(backward_warps(kOneState) * kWarp) ss2d_backwa
       for (int i = threadIdx.x; i < warps * L::kChannels * per_channel; i += blockDim.x) shared.parameters[i] = S(0);
       __syncthreads();
       ss2d_backward_direction<T, kWhole, kOneState>(
-          work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, set == 0, first_channel);
+          work, shared, k, turn == 3 ? Ss2dPass::last : turn == turns.begin ? Ss2dPass::first : Ss2dPass::add, set == 0, first_channel);
       __syncthreads();
+      if (split && turn < 3)
+        write_tile(shared.d_x, static_cast<S*>(work.partial) + ((k * sizes.batch + b) * D + first_channel) * sizes.length(), present,
+                   work.geometry, Order(work.geometry, 0, tile));
       for (int i = threadIdx.x; i < present * per_channel; i += blockDim.x) {
         const int c = i / per_channel, what = i % per_channel;
         const int d = first_channel + c;

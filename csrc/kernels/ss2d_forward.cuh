@@ -18,7 +18,10 @@ struct Ss2dForwardWork {
   Staging staging;
   int64_t channel_blocks = 0;
   int rounds = 1;  // sets of Layout::kChannels channels that a block holds
-  bool vectors = false;
+  void* out = nullptr;      // y; or `partial`
+  bool out_as_state = false;
+  void* partial = nullptr;  // (4, batch, channels, map) of state dtype: blocks walk one direction each and leave its y here
+  bool vectors = false;     // of out
   void* states[2] = {nullptr, nullptr};  // by pair: (batch, 2, pieces, state, channels): of the summary, then what enters
   void* sums[2] = {nullptr, nullptr};    // (batch, 2, pieces, channels)
 };
@@ -262,8 +265,8 @@ DASS_DEVICE void ss2d_forward_direction(const Ss2dForwardWork& work, const Ss2dF
               const S skip = Ds[0] + Ds[D] + Ds[2 * D] + Ds[3 * D];
 #pragma unroll
               for (int i = 0; i < kRun; ++i) y[c][i] += skip * x[i];
-              store_run<T>(work.call.y, (b * D + d) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
-                           sizes.out != sizes.io);
+              store_run<T>(work.out, (b * D + d) * sizes.length() + steps.map_position(order), y[c], steps.count, work.vectors,
+                           work.out_as_state);
             }
           }
         }
@@ -278,7 +281,9 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const
   const Ss2dSizes& sizes = work.call.sizes;
   const int channels = work.rounds * L::kChannels, state = static_cast<int>(sizes.state), rank = static_cast<int>(sizes.rank);
   const int channel_blocks = static_cast<int>(work.channel_blocks), tiles = static_cast<int>(work.geometry.tiles());
-  const int first_channel = blockIdx.x % channel_blocks * channels, part = blockIdx.x / channel_blocks;
+  const bool split = work.partial;
+  const Turns turns(split);
+  const int first_channel = turns.rest % channel_blocks * channels, part = turns.rest / channel_blocks;
   const int tile = part % tiles, b = part / tiles;
   const int present = static_cast<int>(sizes.channels - first_channel < channels ? sizes.channels - first_channel : channels);
   const Ss2dForwardShared<T, kLanes, kWhole> shared(shared_memory<unsigned char>(), blockDim.x / kWarp, work.rounds, work.staging,
@@ -286,9 +291,10 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const
   MapTile<T, kLanes>{shared.x, false}.load(work.call.x, b, first_channel, present, work.rounds, work.geometry,
                                            Order(work.geometry, 0, tile));
 #pragma unroll 1
-  for (int turn = 0; turn < 4; ++turn) {
-    const int k = turn < 2 ? 1 + 2 * turn : 6 - 2 * turn;  // 1, 3, 2, 0
+  for (int turn = turns.begin; turn < turns.end; ++turn) {
+    const int k = Turns::direction(turn);
     __syncthreads();
+    if (split && turn == 3) clear_tile(shared.y, channels, work.geometry);
     if (threadIdx.x == 0) *shared.order = Order(work.geometry, k, tile);
     load_factors<T>(shared.A2, work.parameters.A_logs, k * sizes.channels + first_channel, present, channels, state);
     if (sizes.chunks && tile == 0)  // one chunk, entered by zeros
@@ -298,7 +304,12 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_forward_kernel(const
                                                    work.rounds, rank);
     __syncthreads();
     ss2d_forward_direction<T, kLanes, kWhole, kOneState>(
-        work, shared, k, turn == 0 ? Ss2dPass::first : turn < 3 ? Ss2dPass::add : Ss2dPass::last, b, first_channel);
+        work, shared, k, turn == 3 ? Ss2dPass::last : turn == turns.begin ? Ss2dPass::first : Ss2dPass::add, b, first_channel);
+    if (split && turn < 3) {
+      __syncthreads();
+      write_tile(shared.y, static_cast<State<T>*>(work.partial) + ((k * sizes.batch + b) * sizes.channels + first_channel) * sizes.length(),
+                 present, work.geometry, Order(work.geometry, 0, tile));
+    }
   }
 }
 

@@ -140,6 +140,32 @@ struct Steps {
   }
 };
 
+// A tile of sums in shared memory, (channels, channel_pitch): set to zero, and written to (channels, map) in memory. Both by the
+// whole block, for the first `present` channels.
+template <typename S>
+DASS_DEVICE void clear_tile(S* tile, int present, const Geometry& g) {
+  for (int i = threadIdx.x; i < present * g.channel_pitch; i += blockDim.x) tile[i] = S(0);
+}
+template <typename S>
+DASS_DEVICE void write_tile(const S* tile, S* out, int present, const Geometry& g, const Order& rows) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int index = warp; index < present * rows.lines; index += warps) {
+    const int channel = index / rows.lines, row = index % rows.lines;
+    const S* from = tile + channel * g.channel_pitch + row * g.pitch;
+    S* to = out + channel * g.height * g.width + rows.origin + row * g.width;
+    for (int i = lane; i < rows.line; i += kWarp) to[i] = from[Geometry::spread(i)];
+  }
+}
+
+// The directions that a block walks, in this order: 1, 3, 2, 0. Or one of them, where blocks of one tile share them out.
+struct Turns {
+  int begin, end;
+  unsigned rest;  // of the block's number
+
+  DASS_DEVICE explicit Turns(bool split) : begin(split ? blockIdx.x % 4 : 0), end(split ? begin + 1 : 4), rest(split ? blockIdx.x / 4 : blockIdx.x) {}
+  DASS_DEVICE static int direction(int turn) { return turn < 2 ? 1 + 2 * turn : 6 - 2 * turn; }
+};
+
 // The channels of a tile of x or of the gradient of y in shared memory. Words of 32 bits hold a position of two channels of
 // 16-bit data, those that a lane handles together; other data has words of its own dtype, one channel each.
 template <typename T, int kLanes>

@@ -17,7 +17,9 @@ template <typename T>
 constexpr bool kSpecial = !std::is_same_v<T, double>;
 
 constexpr int64_t kTilePositions = 1024;
-constexpr int64_t kFewBlocks = 264;  // two for each multiprocessor of the largest GPUs
+
+// With so few blocks, each direction gets blocks of its own, so that more of the GPU works; the directions are added up afterwards.
+inline bool split_directions(int64_t blocks, const Device& device) { return blocks > 0 && blocks <= device.few_blocks / 2; }
 
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -106,8 +108,8 @@ bool choose_staging(Staging& staging, int& warps, const Ss2dSizes& sizes, size_t
 
 template <typename T, bool kAdjoint, bool kOneState>
 void launch_ss2d_summary(const Ss2dSummaryWork& work, int warps, size_t bytes, const Device& device) {
-  launch(ss2d_summary_kernel<T, kAdjoint, kOneState>, work.channel_blocks * work.geometry.tiles() * work.sizes.batch, warps * kWarp,
-         bytes, device, work);
+  launch(ss2d_summary_kernel<T, kAdjoint, kOneState>,
+         work.channel_blocks * work.geometry.tiles() * work.sizes.batch * (work.split ? 4 : 1), warps * kWarp, bytes, device, work);
 }
 
 template <typename T, bool kAdjoint>
@@ -122,6 +124,7 @@ void run_ss2d_summary(Ss2dSummaryWork& work, const Device& device) {
   int warps = kBlockWarps / 2;
   if (!choose_staging<T, 4>(work.staging, warps, sizes, device.shared_bytes, bytes)) throw std::runtime_error(does_not_fit(sizes));
   work.channel_blocks = divide_up(sizes.channels, L::kChannels);
+  work.split = split_directions(work.channel_blocks * work.geometry.tiles() * sizes.batch, device);
   if (sizes.state == 1) launch_ss2d_summary<T, kAdjoint, kSpecial<T>>(work, warps, bytes(warps, work.staging), device);
   else launch_ss2d_summary<T, kAdjoint, false>(work, warps, bytes(warps, work.staging), device);
   for (int pair : {kRows, kColumns}) {  // pieces are numbered in the order of the scan: no direction walks down
@@ -144,9 +147,34 @@ void take_pieces(const Ss2dSizes& sizes, const Geometry& g, Scratch& scratch, vo
 
 // -- forward -----------------------------------------------------------------------------------------------------------
 
+// Where a block leaves y or d_x: in `out`, or in partial results of its own direction.
+template <typename T, typename Work>
+void share_out_directions(Work& work, int64_t& blocks, void* out, bool as_state, const Device& device, Scratch& scratch) {
+  const Ss2dSizes& sizes = work.call.sizes;
+  work.out = out;
+  work.out_as_state = as_state;
+  if (split_directions(blocks, device)) {
+    blocks *= 4;
+    work.out_as_state = true;
+    work.out = work.partial = scratch.take(4 * sizes.batch * sizes.channels * sizes.length(), sizeof(State<T>));
+  }
+  work.vectors = work.out_as_state ? runs_in_vectors<State<T>>(work.geometry, work.out) : runs_in_vectors<T>(work.geometry, work.out);
+}
+
+template <typename T, typename Work>
+void add_up_directions(const Work& work, void* out, bool as_state, const Device& device) {
+  using S = State<T>;
+  const Ss2dSizes& sizes = work.call.sizes;
+  if (!work.partial) return;
+  const int64_t size = sizes.batch * sizes.channels * sizes.length();
+  if (as_state) sum_parts<S, S>(work.partial, out, 4, size, device);
+  else sum_parts<S, T>(work.partial, out, 4, size, device);
+}
+
 struct Ss2dForwardPlan {
   Ss2dForwardWork work;
   int lanes = 4, warps = 1;
+  int64_t blocks = 0;
   size_t bytes = 0;
   bool whole = false;
 };
@@ -174,7 +202,7 @@ bool plan_ss2d_forward_layout(Ss2dForwardPlan& plan, const Device& device, int64
   while (kWhole && work.rounds < 4 && work.rounds * L::kChannels < sizes.channels) {
     work.rounds *= 2;
     if (bytes(plan.warps, work.staging) > device.shared_bytes / 2 ||
-        sizes.batch * divide_up(sizes.channels, work.rounds * L::kChannels) < kFewBlocks) {
+        sizes.batch * divide_up(sizes.channels, work.rounds * L::kChannels) < device.few_blocks) {
       work.rounds /= 2;
       break;
     }
@@ -199,18 +227,19 @@ Ss2dForwardPlan plan_ss2d_forward(const Ss2dForward& call, const Device& device,
     take_pieces<S>(call.sizes, work.geometry, scratch, work.states, true);
     take_pieces<S>(call.sizes, work.geometry, scratch, work.sums, false);
   }
-  work.vectors = (call.sizes.out == call.sizes.io ? runs_in_vectors<T>(work.geometry, call.y) : runs_in_vectors<S>(work.geometry, call.y));
+  plan.blocks = work.channel_blocks * work.geometry.tiles() * call.sizes.batch;
+  share_out_directions<T>(work, plan.blocks, call.y, call.sizes.out != call.sizes.io, device, scratch);
   return plan;
 }
 
 template <typename T, int kLanes, bool kWhole>
 void launch_ss2d_forward(const Ss2dForwardPlan& plan, const Device& device) {
   const Ss2dForwardWork& work = plan.work;
-  const int64_t blocks = work.channel_blocks * work.geometry.tiles() * work.call.sizes.batch;
   if (work.call.sizes.state == 1)
-    launch(ss2d_forward_kernel<T, kLanes, kWhole, kSpecial<T>>, blocks, plan.warps * kWarp, plan.bytes, device, work);
+    launch(ss2d_forward_kernel<T, kLanes, kWhole, kSpecial<T>>, plan.blocks, plan.warps * kWarp, plan.bytes, device, work);
   else
-    launch(ss2d_forward_kernel<T, kLanes, kWhole, false>, blocks, plan.warps * kWarp, plan.bytes, device, work);
+    launch(ss2d_forward_kernel<T, kLanes, kWhole, false>, plan.blocks, plan.warps * kWarp, plan.bytes, device, work);
+  add_up_directions<T>(work, work.call.y, work.call.sizes.out != work.call.sizes.io, device);
 }
 
 template <typename T>
@@ -250,6 +279,7 @@ struct Ss2dBackwardPlan {
   Ss2dBackwardWork work;
   Ss2dSummaryWork summary;
   int warps = 1;
+  int64_t blocks = 0;
   size_t bytes = 0;
   bool whole = false;
 };
@@ -276,7 +306,7 @@ bool plan_ss2d_backward_layout(Ss2dBackwardPlan& plan, const Device& device, int
   plan.bytes = bytes(plan.warps, work.staging);
   // The channels of a tile are shared out until there is work for the whole GPU; each share costs a slab.
   const int64_t all = divide_up(sizes.channels, L::kChannels), blocks = std::max<int64_t>(sizes.batch * g.tiles(), 1);
-  work.slabs = std::min(all, divide_up(kFewBlocks, blocks));
+  work.slabs = std::min(all, divide_up(device.few_blocks, blocks));
   work.sets = static_cast<int>(divide_up(all, work.slabs));
   work.slabs = divide_up(all, work.sets);
   return true;
@@ -292,7 +322,7 @@ Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& devi
   work.call = call;
   work.parameters = {call.dt_weight, call.dt_bias, call.A_logs, call.Ds};
   if (!plan_ss2d_backward_layout<T, true>(plan, device)) {
-    int64_t positions = kTilePositions;
+    int64_t positions = tile_positions(sizes, Layout<4>::kChannels);
     while (positions && !plan_ss2d_backward_layout<T, false>(plan, device, positions)) positions /= 2;
     if (!positions) throw std::runtime_error(does_not_fit(sizes));
     Ss2dSummaryWork& summary = plan.summary;
@@ -318,7 +348,8 @@ Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& devi
   work.part_A = scratch.take(parts * 4 * sizes.channels * sizes.state, sizeof(S));
   work.part_Ds = scratch.take(parts * sizes.channels, sizeof(S));
   work.position_blocks = static_cast<unsigned>(divide_up(sizes.length(), kSlabThreads));
-  work.vectors = runs_in_vectors<T>(work.geometry, call.d_x);
+  plan.blocks = work.slabs * parts;
+  share_out_directions<T>(work, plan.blocks, call.d_x, false, device, scratch);
   return plan;
 }
 
@@ -340,9 +371,8 @@ void Ss2dKernels<T>::run(const Ss2dBackward& call, const Device& device, void* w
     Scratch scratch(workspace);
     plan = plan_ss2d_backward<T>(call, device, scratch);
     const Ss2dBackwardWork& work = plan.work;
-    const int64_t blocks = work.slabs * work.geometry.tiles() * sizes.batch;
     if (!plan.whole) run_ss2d_summary<T, true>(plan.summary, device);
-    const auto run_kernel = [&](auto kernel) { launch(kernel, blocks, plan.warps * kWarp, plan.bytes, device, work); };
+    const auto run_kernel = [&](auto kernel) { launch(kernel, plan.blocks, plan.warps * kWarp, plan.bytes, device, work); };
     if (sizes.state == 1) {
       if (plan.whole) run_kernel(ss2d_backward_kernel<T, true, kSpecial<T>>);
       else run_kernel(ss2d_backward_kernel<T, false, kSpecial<T>>);
@@ -350,6 +380,7 @@ void Ss2dKernels<T>::run(const Ss2dBackward& call, const Device& device, void* w
       if (plan.whole) run_kernel(ss2d_backward_kernel<T, true, false>);
       else run_kernel(ss2d_backward_kernel<T, false, false>);
     }
+    add_up_directions<T>(work, call.d_x, false, device);
     parts = sizes.batch * work.geometry.tiles();
   } else if (sizes.length() > 0) {  // no channels: no slabs, and so zeros
     plan.work.call = call;

@@ -14,6 +14,7 @@ struct Ss2dSummaryWork {
   Geometry geometry;
   Staging staging;
   int64_t channel_blocks = 0;
+  bool split = false;  // blocks walk one direction each
   // By pair: (batch, 2, pieces, state, channels) and (batch, 2, pieces, channels).
   void *states[2] = {nullptr, nullptr}, *adjoints[2] = {nullptr, nullptr}, *sums[2] = {nullptr, nullptr};
 };
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_summary_kernel(const
   const Ss2dSizes& sizes = work.sizes;
   const int state = static_cast<int>(sizes.state), rank = static_cast<int>(sizes.rank);
   const int channel_blocks = static_cast<int>(work.channel_blocks), tiles = static_cast<int>(work.geometry.tiles());
-  const int first_channel = blockIdx.x % channel_blocks * L::kChannels, part = blockIdx.x / channel_blocks;
+  const Turns turns(work.split);
+  const int first_channel = turns.rest % channel_blocks * L::kChannels, part = turns.rest / channel_blocks;
   const int tile = part % tiles, b = part / tiles;
   const int present = static_cast<int>(sizes.channels - first_channel < L::kChannels ? sizes.channels - first_channel : L::kChannels);
   const bool wide = sizes.out != sizes.io;
@@ -134,7 +136,8 @@ __global__ void __launch_bounds__(kBlockWarps * kWarp) ss2d_summary_kernel(const
   MapTile<T, 4>{shared.x, false}.load(work.x, b, first_channel, present, 1, work.geometry, rows);
   if constexpr (kAdjoint) MapTile<T, 4>{shared.d_y, wide}.load(work.d_y, b, first_channel, present, 1, work.geometry, rows);
 #pragma unroll 1
-  for (int k = 0; k < 4; ++k) {
+  for (int turn = turns.begin; turn < turns.end; ++turn) {
+    const int k = Turns::direction(turn);
     __syncthreads();
     if (threadIdx.x == 0) *shared.order = Order(work.geometry, k, tile);
     load_factors<T>(shared.A2, work.parameters.A_logs, k * sizes.channels + first_channel, present, L::kChannels, state);

@@ -25,7 +25,8 @@ constexpr bool kHalf = sizeof(T) == 2;
 
 // Where kernels run and what they may take. Plans depend on shapes and on this, never on what else runs.
 struct Device {
-  size_t shared_bytes = 0;  // that one block may have
+  size_t shared_bytes = 0;   // that one block may have
+  int64_t few_blocks = 264;  // that leave some of it idle: two for each multiprocessor of the largest GPUs; the same for all GPUs
   void* stream = nullptr;   // cudaStream_t
 };
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,10 @@ def test_shared_memory_that_nobody_wrote_is_nan(run_kernel, order):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("shuffle_of_half_a_warp", "divergent warp in block (0, 0, 0): thread 0 at __shfl_xor_sync, thread 16 at the end"),
+        (
+            "shuffle_of_half_a_warp",
+            "divergent warp in block (0, 0, 0): thread 0 at __shfl_xor_sync, thread 16 at the end",
+        ),
         ("barrier_of_one_warp", "divergent block in block (0, 0, 0): thread 0 at __syncthreads, thread 32 at the end"),
         ("throws", "thread 5 gave up"),
     ],
@@ -104,6 +108,33 @@ def test_threads_that_part_are_an_error(run_kernel, name, message):
     out, problem = run_kernel(name)
     assert message in problem
     assert run_kernel("block_scan")[1] == ""  # and the next launch is whole again
+
+
+def test_address_sanitizer_sees_shared_memory(tmp_path):
+    compiler = shutil.which("g++")
+    found = (
+        compiler and subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
+    )
+    if not found or not Path(found.strip()).is_absolute():
+        pytest.skip("no g++ with AddressSanitizer")
+    library = tmp_path / "kernels.so"
+    sources = [Path(__file__).parent / "emulation_kernels.cpp", ROOT / "csrc/emulation/cuda_emulation.cpp"]
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fsanitize=address", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(library)], check=True)
+    code = f"""
+import ctypes
+run = ctypes.CDLL({str(library)!r}).run
+run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t]
+memory = [(ctypes.c_float * 128)(), (ctypes.c_float * 128)()]
+for name in (b"block_scan", b"writes_out_of_bounds"):
+    assert run(name, *(ctypes.addressof(m) for m in memory), 96, 4 * 96) == b""
+    print("came through:", name)
+"""
+    environment = os.environ | {"LD_PRELOAD": str(Path(found.strip()).resolve()), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "came through: b'block_scan'\n"
+    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "writes_out_of_bounds" in done.stderr  # the stack of the fiber
 
 
 def test_impossible_launches_are_refused(run_kernel):
@@ -125,6 +156,7 @@ MAPS = [
     MapCase(),
     MapCase(batch=1, channels=17, height=9, width=33, rank=9),
     MapCase(batch=1, channels=3, height=4, width=70, state=2, rank=12),
+    MapCase(batch=1, channels=5, height=16, width=45, rank=2),
 ]
 # Of shared memory per block: an H100's, one that leaves room for small tiles, one for slices of the rows of x_dbl only.
 SHARED = (227 << 10, 48 << 10, 24 << 10)
@@ -141,11 +173,13 @@ def test_scans_are_right_in_both_orders_and_the_same(case, emulated, monkeypatch
     assert_same_bits(*found)
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["walks all directions", "one direction a block"])
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", MAPS, ids=str)
-def test_maps_are_right_in_both_orders_and_the_same(case, dtype, shared, emulated, monkeypatch):
+def test_maps_are_right_in_both_orders_and_the_same(case, dtype, shared, few, emulated, monkeypatch):
     monkeypatch.setenv("DASS_OPS_EMULATION_SHARED", str(shared))
+    monkeypatch.setenv("DASS_OPS_EMULATION_FEW_BLOCKS", "1000" if few else "1")
     inputs, found = map_inputs(case, dtype), []
     for order in ORDERS:
         monkeypatch.setenv("DASS_OPS_EMULATION_ORDER", order)
@@ -175,10 +209,12 @@ def test_several_channels_to_a_warp(emulated):
 def test_several_sets_of_channels_to_a_block(emulated):
     """Enough clips that a block of ss2d takes all channels: rounds in the forward, sets in the backward."""
     check_map(MapCase(batch=266, channels=37, height=2, width=3), torch.float32, emulated)
+    check_map(MapCase(batch=70, channels=37, height=2, width=3), torch.bfloat16, emulated)
 
 
 WHERE_MAPS_END = [
     MapCase(batch=1, channels=4, height=32, width=256, rank=6),  # the stages of a ten-second clip
+    MapCase(batch=1, channels=5, height=40, width=100, rank=6),  # held whole, few channels at a time
     MapCase(batch=1, channels=16, height=16, width=128, rank=12),
     MapCase(batch=1, channels=16, height=8, width=64, rank=24),
     MapCase(batch=1, channels=17, height=4, width=32, rank=48),
@@ -190,7 +226,8 @@ WHERE_MAPS_END = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", WHERE_MAPS_END, ids=str)
-def test_maps_of_the_model_and_larger(case, dtype, emulated):
+def test_maps_of_the_model_and_larger(case, dtype, emulated, monkeypatch):
+    monkeypatch.setenv("DASS_OPS_EMULATION_FEW_BLOCKS", "1")  # as with a larger batch
     check_map(case, dtype, emulated)
 
 
