@@ -34,8 +34,9 @@ def esc10_config(data: Path, scores: Path, epochs: int) -> TrainConfig:
     config = load_preset("folder")
     return replace(
         config,
-        data=replace(config.data, train=data, clip_seconds=5.12, mel_bins=64, holdout_fraction=0.4, workers=0),
+        data=replace(config.data, train=data, clip_seconds=5.12, mel_bins=40, holdout_fraction=0.4, workers=0),
         train=replace(config.train, epochs=epochs, batch_size=10, eval_every=epochs),
+        optimizer=replace(config.optimizer, learning_rate=1e-3, head_factor=10.0),
         schedule=replace(config.schedule, warmup_steps=20),
         distill=replace(config.distill, teacher=(str(scores),), class_map="esc50-audioset"),
     )
@@ -86,6 +87,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ESC10, help="ESC-50's layout (default: %(default)s)")
     parser.add_argument("--scores", type=Path, help="teacher's scores (default: yamnet_scores.npz in --data)")
     parser.add_argument("--seeds", type=int, default=5, help="number of pairs (default: %(default)s)")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="the first pair; others than those reported are for trying (default: 0)",
+    )
     parser.add_argument("--epochs", type=int, help="epochs of a run (default: 60 on esc10, 8 on synthetic)")
     parser.add_argument("--loss", default="kldiv", help="distillation loss (default: %(default)s)")
     parser.add_argument(
@@ -114,7 +121,7 @@ def main() -> int:
         options.runs
         / f"{options.corpus}-{options.loss}-w{options.weight:g}-t{options.temperature:g}-e{config.train.epochs}"
     )
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm, rows in arms.items():
             rows.append(run_arm(config, folder, seed, distilled=arm == "distilled"))
             print(f"seed {seed}, {arm}: " + ", ".join(f"{k} {v:.4f}" for k, v in rows[-1].items()), flush=True)

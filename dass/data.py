@@ -78,8 +78,10 @@ class DataConfig:
     clip_seconds: float | None = None
     """Length of an example: longer clips are cut, shorter ones padded [s]; none: what 95 % of the training clips fit
     into, at most 10.24."""
+    sample_rate: int = 16000
+    """Rate at which clips are heard [Hz]; the published models: 16000. Of slower recordings theirs spares empty bands."""
     mel_bins: int = 128
-    """Mel bands of the front end."""
+    """Mel bands of the front end; fewer of them tell less of a voice's pitch."""
     mean: float | None = None
     """Mean of the log-mel values; none: measured on the training clips (AudioSet: -4.2677393)."""
     std: float | None = None
@@ -162,14 +164,15 @@ def open_splits(
         else:
             seconds = _lengths(parts[0], np.linspace(0, len(parts[0]) - 1, 500).astype(int))[0]
     if front_end is None:
-        front_end = LogMelConfig(mel_bins=config.mel_bins, frames=_frames(config, seconds))
+        front_end = LogMelConfig(sample_rate=config.sample_rate, mel_bins=config.mel_bins)
+        front_end = dataclasses.replace(front_end, frames=_frames(config, front_end, seconds))
         if config.mean is None:
             mean, std = feature_statistics(parts[0], front_end)
         else:
             mean, std = config.mean, config.std
         front_end = dataclasses.replace(front_end, mean=mean, std=std)
     elif config.clip_seconds is not None:
-        front_end = dataclasses.replace(front_end, frames=_frames(config, seconds))
+        front_end = dataclasses.replace(front_end, frames=_frames(config, front_end, seconds))
     options = dict(
         features=config.features,
         waveforms=config.waveforms,
@@ -237,8 +240,9 @@ def _usable(parts: tuple[Manifest, ...], broken: BrokenFiles) -> tuple[tuple[Man
     return kept, looked[0][0]
 
 
-def _frames(config: DataConfig, seconds: np.ndarray) -> int:
-    front_end = LogMelConfig()
+def _frames(config: DataConfig, front_end: LogMelConfig, seconds: np.ndarray) -> int:
+    """Frames of an example: what was asked for, otherwise what most training clips fit into, at most the published 1024."""
+    front_end = dataclasses.replace(front_end, frames=LogMelConfig().frames)
     if config.clip_seconds is not None:
         return max(round(config.clip_seconds * 1000 / front_end.frame_shift), 1)
     longest = np.nanquantile(seconds, 0.95, method="higher") if np.isfinite(seconds).any() else math.inf

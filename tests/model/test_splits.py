@@ -7,6 +7,7 @@ from dass.audio import LogMel, LogMelConfig, load_audio
 from dass.augment import AugmentConfig
 from dass.data import (
     DataConfig,
+    ManifestError,
     build_loader,
     feature_statistics,
     open_splits,
@@ -48,6 +49,29 @@ def test_long_recordings_do_not_make_long_examples(tmp_path):
     write_sound(tmp_path / "a" / "1.wav", 12, 8000)
     write_sound(tmp_path / "a" / "2.wav", 12, 8000)
     assert open_splits(DataConfig(train=tmp_path)).front_end.frames == 1024
+
+
+def test_clips_are_heard_at_the_rate_asked_for(folder):
+    splits = open_splits(DataConfig(train=folder, sample_rate=8000, mel_bins=24))
+    assert (splits.front_end.sample_rate, splits.front_end.mel_bins) == (8000, 24)
+    assert 0.69 <= splits.front_end.frames * 0.01 <= 0.8  # seconds do not change with the rate
+    (batch,) = build_loader(splits.held_out, batch_size=99, workers=0)
+    log_mel = LogMel(splits.front_end)
+    for index, fbank in zip(batch.index.tolist(), batch.fbank, strict=True):
+        expected = log_mel(load_audio(splits.held_out.source.file(index), sample_rate=8000))
+        torch.testing.assert_close(fbank, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="8000 Hz"):
+        open_splits(DataConfig(sample_rate=8000))
+
+
+def test_test_clips_have_the_classes_of_the_training_clips(folder, tmp_path):
+    write_sound(tmp_path / "more" / "owl" / "x.wav")
+    splits = open_splits(DataConfig(train=folder, test=tmp_path / "more"))
+    assert (len(splits.test), splits.test.target(0).tolist()) == (1, [0, 0, 1])
+    assert open_splits(DataConfig(train=folder)).test is None
+    assert len(open_splits(DataConfig(synthetic=SyntheticConfig(test_clips=7))).test) == 7
+    with pytest.raises(ManifestError, match=r"data\.test need data\.train"):
+        open_splits(DataConfig(test=tmp_path / "more"))
 
 
 def test_separate_evaluation_clips(folder, tmp_path):
