@@ -151,14 +151,38 @@ def test_early_stopping(tones, tmp_path):
     assert len(epochs) < 9
 
 
-def test_single_label_mode_and_mixed_precision(tones, tmp_path):
-    config = tiny_config(
-        tones,
-        tmp_path / "run",
-        train={"labels": "single-label", "metric": "accuracy", "precision": "bf16"},
-        model={"gradient_checkpointing": True},
-    )
-    assert "accuracy" in Trainer(config).fit().best
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_single_label_mode_and_mixed_precision(tones, tmp_path, precision):
+    """The losses are those of float32, but for rounding; the scaler of fp16 takes every step."""
+    settings = {"labels": "single-label", "metric": "accuracy"}
+    changes = {"model": {"gradient_checkpointing": True, "drop_path": 0.0}, "optimizer": {"learning_rate": 1e-3}}
+    losses = []
+    for name in ("float32", precision):
+        config = tiny_config(tones, tmp_path / name, train={**settings, "precision": name}, **changes)
+        assert "accuracy" in Trainer(config).fit().best
+        losses.append([r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if r["event"] == "step"])
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["torchrun", "compile"])
+def test_two_processes_and_a_compiled_model_give_the_losses_of_one(tones, tmp_path, way):
+    """As a user starts them, from the command line."""
+    config = tiny_config(tones, model={"drop_path": 0.0})
+    (tmp_path / "run.toml").write_text(config_to_toml(config))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if way == "torchrun" else []
+    option = ["--model.compile"] if way == "compile" else []
+    losses = []
+    for name, before, after in (("plain", [], []), (way, launch, option)):
+        command = [sys.executable, "-m", *before, "dass.train", "--config", "run.toml", "--run.folder", name, *after]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses.append([record.get("loss", record.get("validation_loss")) for record in records])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_profile_says_where_the_time_goes_and_writes_nothing(tones, tmp_path, monkeypatch):
