@@ -11,6 +11,7 @@
 #include "cpu/ss2d_common.h"
 #include "cpu/ss2d_forward.h"
 #include "cpu/ss2d_backward.h"
+#include "cpu/scan_lanes.h"
 
 namespace dass::cpu {
 namespace {
@@ -20,7 +21,10 @@ bool fits(const ScanSizes& sizes) {
          (sizes.chunk == 0 || (sizes.chunk % block == 0 && row_tile % sizes.chunk == 0));
 }
 
-bool scan_forward(const ScanForward& f) { return fits(f.sizes) && scan_forward_rows(f); }
+bool scan_forward(const ScanForward& f) {
+  if (!fits(f.sizes)) return false;
+  return lanes_fit(f.sizes, f.B, f.C) ? scan_forward_lanes(f) : scan_forward_rows(f);
+}
 bool scan_backward(const ScanBackward& f) { return fits(f.sizes) && scan_backward_rows(f); }
 
 bool fits(const Ss2dSizes& sizes) {

@@ -104,5 +104,19 @@ inline void scatter_lanes(V x, float* to, int64_t stride, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) to[c * stride] = lane[c];
 }
 
+// dt = softplus(v) of n steps; the second form leaves its slope in v.
+inline void step_sizes_of_lanes(const float* v, float* dt, int64_t n) {
+  for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));
+  for (int64_t i = 0; i < n * W; i += W) store(dt + i, softplus_from(load(v + i), load(dt + i)));
+}
+inline void step_sizes_and_slopes(float* v, float* dt, int64_t n) {
+  for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));
+  for (int64_t i = 0; i < n * W; i += W) {
+    const V here = load(v + i), e = load(dt + i);
+    store(v + i, sigmoid_from(here, e));
+    store(dt + i, softplus_from(here, e));
+  }
+}
+
 }  // namespace
 }  // namespace dass::cpu

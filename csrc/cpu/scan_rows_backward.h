@@ -22,10 +22,17 @@ int64_t lowest_common_multiple(int64_t a, int64_t b) {
   return a / x * b;
 }
 
+// A unit is a run of channels that share B and C; it is split further where there are few, by shapes alone.
+inline int64_t units_of(const Projection& B, const Projection& C) {
+  return lowest_common_multiple(B.constant ? 1 : B.groups, C.constant ? 1 : C.groups);
+}
+inline int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
+  return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
+}
+
 struct RowBackwardPlan {
   const ScanBackward& f;
   const ScanSizes& sizes;
-  // A unit is a run of channels that share B and C; it is split further where there are few.
   int64_t units, per_unit, splits, per_split, row;
   Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, K, D, N)
   Buffer d_A, d_D, d_bias;   // (batch, K, D, N), (batch, K, D) twice
@@ -35,7 +42,7 @@ struct RowBackwardPlan {
   explicit RowBackwardPlan(const ScanBackward& f)
       : f(f),
         sizes(f.sizes),
-        units(lowest_common_multiple(f.B.constant ? 1 : f.B.groups, f.C.constant ? 1 : f.C.groups)),
+        units(units_of(f.B, f.C)),
         per_unit(sizes.channels / units),
         splits(divide_up(per_unit, divide_up(per_unit, wanted_splits(sizes, units)))),
         per_split(divide_up(per_unit, splits)),
@@ -49,9 +56,6 @@ struct RowBackwardPlan {
         streamed(sizes.io == Dtype::float32 && 2 * sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
                  (reinterpret_cast<uintptr_t>(f.d_u) | reinterpret_cast<uintptr_t>(f.d_delta)) % 64 == 0) {}
 
-  static int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
-    return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
-  }
   int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
   int64_t slab_elements(const Projection& p) const {
     return p.constant ? sequences() * sizes.state : sizes.batch * sizes.directions * units * splits * sizes.state * row;
@@ -397,19 +401,18 @@ inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t 
   }
 }
 
-void finish_projection(const RowBackwardPlan& plan, const Projection& p, const Buffer& slabs, void* to) {
-  const ScanSizes& sizes = plan.sizes;
+// d_B or d_C from the slabs, of which `per_group` lie side by side for each group.
+void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, const Buffer& slabs, void* to) {
   const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
   if (p.constant) return add_over_batch(slabs, to, sizes.batch, K * sizes.channels * N);
-  const int64_t per_group = plan.units / G * plan.splits;
   parallel(sizes.batch * K * G * N, [&](int64_t i) {
-    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * plan.row;
+    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
     float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
     for (int64_t begin = 0; begin < L; begin += row_tile) {
       const int64_t n = smaller_of(row_tile, L - begin);
       for (int64_t l = 0; l < n; l += W) {
         V total = load(first + begin + l);
-        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * plan.row + begin + l);
+        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);
         store(sum + l, total);
       }
       store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
@@ -435,8 +438,11 @@ bool scan_backward_rows(const ScanBackward& f) {
       run(plan, b, k, unit, split, *s, memory, projections, k == first, k == last);
     }
   });
-  finish_projection(plan, f.B, plan.d_B, f.d_B);
-  finish_projection(plan, f.C, plan.d_C, f.d_C);
+  const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
+    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, slabs, to);
+  };
+  finish(f.B, plan.d_B, f.d_B);
+  finish(f.C, plan.d_C, f.d_C);
   add_over_batch(plan.d_A, f.d_A, sizes.batch, sizes.directions * sizes.channels * N);
   if (f.D != nullptr) add_over_batch(plan.d_D, f.d_D, sizes.batch, sizes.directions * sizes.channels);
   if (f.delta_bias != nullptr) add_over_batch(plan.d_bias, f.d_delta_bias, sizes.batch, sizes.directions * sizes.channels);

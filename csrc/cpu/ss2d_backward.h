@@ -52,17 +52,20 @@ struct Ss2dBackwardTask {
   float *mu, *A, *d_A;         // (N, W)
 };
 
-// The states of a chunk from the one that enters it: a, a h_prev, and g h, whose sum over channels is d_C.
+// The states of a chunk from the one that enters it: a, a h_prev, and g h, whose sum over channels is d_C. Pointers are copied first,
+// here as elsewhere: to the compiler a vector that is stored may change the task.
 template <bool reversed>
 inline void recompute_states(const Ss2dBackwardTask& task, const uint32_t* order, int64_t n, V exponent, const float* B, int64_t rows,
                              V h) {
+  const float *dt = task.dt, *x = task.x, *g = task.g;
+  float *decay = task.a, *a_h = task.ah, *d_C = task.d_C;
   for (int64_t walked = 0; walked < n; ++walked) {
     const int64_t t = reversed ? n - 1 - walked : walked, at = order[t] * int64_t{W};
-    const V step = load(task.dt + t * W), a = exp2(step * exponent), ah = a * h;
-    h = fma(step * load(task.x + at), all(B[t * rows]), ah);
-    store(task.a + t * W, a);
-    store(task.ah + t * W, ah);
-    store(task.d_C + t * W, load(task.g + at) * h);
+    const V step = load(dt + t * W), a = exp2(step * exponent), ah = a * h;
+    h = fma(step * load(x + at), all(B[t * rows]), ah);
+    store(decay + t * W, a);
+    store(a_h + t * W, ah);
+    store(d_C + t * W, load(g + at) * h);
   }
 }
 
@@ -70,29 +73,31 @@ inline void recompute_states(const Ss2dBackwardTask& task, const uint32_t* order
 template <bool reversed, bool alone>
 inline void walk_back(const Ss2dBackwardTask& task, const uint32_t* order, int64_t n, const float* B, const float* C, int64_t rows,
                       int64_t state, V& d_bias) {
+  const float *xs = task.x, *g = task.g, *dt = task.dt, *decay = task.a, *a_h = task.ah, *slope = task.v;
+  float *d_x = task.d_x, *d_B = task.d_B, *d_dts = task.d_dt, *d_us = task.d_u;
   V mu = load(task.mu + state * W), d_A = load(task.d_A + state * W);
   const V A = load(task.A + state * W);
   for (int64_t walked = 0; walked < n; ++walked) {
     const int64_t t = reversed ? walked : n - 1 - walked, at = order[t] * int64_t{W};
     const int64_t soon = order[t + (reversed ? steps_ahead : -steps_ahead)] * int64_t{W};
-    __builtin_prefetch(task.x + soon);
-    __builtin_prefetch(task.g + soon);
-    __builtin_prefetch(task.d_x + soon, 1);
-    const V x = load(task.x + at), b = all(B[t * rows]), ah = load(task.ah + t * W);
-    const V lambda = fma(all(C[t * rows]), load(task.g + at), mu);
-    mu = load(task.a + t * W) * lambda;
-    const V by_step = lambda * load(task.dt + t * W);
+    __builtin_prefetch(xs + soon);
+    __builtin_prefetch(g + soon);
+    __builtin_prefetch(d_x + soon, 1);
+    const V x = load(xs + at), b = all(B[t * rows]), ah = load(a_h + t * W);
+    const V lambda = fma(all(C[t * rows]), load(g + at), mu);
+    mu = load(decay + t * W) * lambda;
+    const V by_step = lambda * load(dt + t * W);
     const V d_dt = lambda * fma(A, ah, b * x), d_u = by_step * b;
     d_A = fma(by_step, ah, d_A);
-    store(task.d_B + t * W, by_step * x);
+    store(d_B + t * W, by_step * x);
     if constexpr (alone) {
-      const V d_v = d_dt * load(task.v + t * W);
+      const V d_v = d_dt * load(slope + t * W);
       d_bias = d_bias + d_v;
-      store(task.d_dt + t * W, d_v);
-      store(task.d_x + at, load(task.d_x + at) + d_u);
+      store(d_dts + t * W, d_v);
+      store(d_x + at, load(d_x + at) + d_u);
     } else {
-      store(task.d_dt + t * W, state == 0 ? d_dt : load(task.d_dt + t * W) + d_dt);
-      store(task.d_u + t * W, state == 0 ? d_u : load(task.d_u + t * W) + d_u);
+      store(d_dts + t * W, state == 0 ? d_dt : load(d_dts + t * W) + d_dt);
+      store(d_us + t * W, state == 0 ? d_u : load(d_us + t * W) + d_u);
     }
   }
   store(task.mu + state * W, mu);
@@ -164,12 +169,7 @@ void backward_direction(const Ss2dBackwardTask& task, int64_t k, float* slab) {
     const float* steps = plan.packed.at(task.b, k) + p * rows;
     const uint32_t* order = plan.order.of(k) + p;
     low_rank(steps, rows, R, task.weight, bias, task.v, n);
-    for (int64_t i = 0; i < n * W; i += W) store(task.dt + i, exp_of_negative_magnitude(load(task.v + i)));
-    for (int64_t i = 0; i < n * W; i += W) {
-      const V v = load(task.v + i), e = load(task.dt + i);
-      store(task.v + i, sigmoid_from(v, e));
-      store(task.dt + i, softplus_from(v, e));
-    }
+    step_sizes_and_slopes(task.v, task.dt, n);
     float* const tiles[] = {task.d_B, task.d_C, task.d_dt};
     for (float* tile : tiles) fill_row(tile + n * W, 0.0f, (padded - n) * W);
     for (int64_t state = 0; state < N; ++state) {

@@ -99,10 +99,5 @@ inline void low_rank(const float* x_dbl, int64_t rows, int64_t rank, const float
   for (; t < n; ++t) low_rank_steps<1>(x_dbl + t * rows, rows, rank, weight, bias, v + t * W);
 }
 
-inline void step_sizes_of_lanes(const float* v, float* dt, int64_t n) {
-  for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));
-  for (int64_t i = 0; i < n * W; i += W) store(dt + i, softplus_from(load(v + i), load(dt + i)));
-}
-
 }  // namespace
 }  // namespace dass::cpu

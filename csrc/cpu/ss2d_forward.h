@@ -20,18 +20,21 @@ struct Ss2dForwardTask {
 template <bool reversed, bool alone, bool starts>
 inline V forward_steps(const Ss2dForwardTask& task, const uint32_t* order, int64_t n, V exponent, const float* B, const float* C,
                        int64_t rows, bool first_state, V h) {
+  const float *xs = task.x, *dt = task.dt;
+  float *y = task.y, *sum = task.sum;
+  const V skip = task.skip;
   for (int64_t walked = 0; walked < n; ++walked) {
     const int64_t t = reversed ? n - 1 - walked : walked, at = order[t] * int64_t{W};
     const int64_t soon = order[t + (reversed ? -steps_ahead : steps_ahead)] * int64_t{W};
-    __builtin_prefetch(task.x + soon);
-    __builtin_prefetch(task.y + soon, 1);
-    const V step = load(task.dt + t * W), x = load(task.x + at);
+    __builtin_prefetch(xs + soon);
+    __builtin_prefetch(y + soon, 1);
+    const V step = load(dt + t * W), x = load(xs + at);
     h = fma(exp2(step * exponent), h, step * x * all(B[t * rows]));
     const V term = h * all(C[t * rows]);
     if constexpr (alone)
-      store(task.y + at, (starts ? x * task.skip : load(task.y + at)) + term);
+      store(y + at, (starts ? x * skip : load(y + at)) + term);
     else
-      store(task.sum + t * W, first_state ? term : load(task.sum + t * W) + term);
+      store(sum + t * W, first_state ? term : load(sum + t * W) + term);
   }
   return h;
 }
