@@ -37,8 +37,7 @@ def esc10_config(data: Path, scores: Path, epochs: int) -> TrainConfig:
         config,
         data=replace(config.data, train=data, clip_seconds=5.12, mel_bins=40, holdout_fraction=0.4, workers=0),
         train=replace(config.train, epochs=epochs, batch_size=10, eval_every=epochs),
-        augment=replace(config.augment, mixup_rate=0.0),
-        optimizer=replace(config.optimizer, learning_rate=2e-3, head_factor=10.0),
+        optimizer=replace(config.optimizer, learning_rate=1e-3, head_factor=10.0),
         schedule=replace(config.schedule, warmup_steps=20),
         distill=replace(config.distill, teacher=(str(scores),), class_map="esc50-audioset"),
     )
