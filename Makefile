@@ -19,7 +19,7 @@ else
 endif
 STAMP := build/installed-$(shell printf '%s' "$(PY)" | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow setup lint clean help
+.PHONY: demo test test-slow sanitize-emulated gpu setup emulation lint clean help
 
 help: ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -27,27 +27,44 @@ help: ## what the targets do
 demo: setup ## set up, then train a teacher, distil DASS-tiny from it and tag with the result (about three minutes)
 	"$(PY)" -m dass.train
 
-test: setup ## set up, then the test-suite without the slow tests
+test: emulation ## set up, then the test-suite without the slow tests
 	$(PYTEST) -m "not slow" tests
 
-test-slow: setup ## the slow tests
+test-slow: emulation ## the slow tests
 	$(PYTEST) -m slow tests
+
+sanitize-emulated: setup ## the CUDA kernels, emulated, under AddressSanitizer and UndefinedBehaviorSanitizer
+	"$(PY)" csrc/emulation/sanitize.py
+
+gpu: $(if $(GIVEN),,setup) ## on a machine with a GPU: build, tests, sanitizers, benchmarks; one JSON; ten minutes; offline with PYTHON=
+	"$(PY)" benchmarks/gpu.py
 
 lint: ## ruff
 	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
 
 setup: $(STAMP)
 
+# The CUDA kernels as host C++, which only tests need.
+emulation: $(STAMP)-emulation
+
 ifdef GIVEN
 $(STAMP): $(SOURCES)
 	@"$(PY)" -c "import torch, torchaudio" || { echo "$(PY) has no torch and torchaudio; install them there, or run make without VENV and PYTHON" >&2; exit 1; }
 	"$(PY)" -m pip install --no-build-isolation --no-deps --no-index -e . -v 2>&1 | tee build.log | sed -n '/dass_ops: built/,/CUDA/p'; grep -q 'Successfully installed' build.log || { cat build.log >&2; exit 1; }
 	@rm -f build.log; mkdir -p build; touch $@
+
+$(STAMP)-emulation: $(STAMP)
+	DASS_OPS_EMULATED=1 "$(PY)" -m pip install -q --no-build-isolation --no-deps --no-index -e .
+	@touch $@
 else
 $(STAMP): $(SOURCES) | .venv/torch
 	.venv/bin/pip install -q -c constraints.txt -e ".[dev,teachers]"
 	@.venv/bin/python -m dass_ops
 	@mkdir -p build; touch $@
+
+$(STAMP)-emulation: $(STAMP)
+	DASS_OPS_EMULATED=1 .venv/bin/pip install -q --no-deps -c constraints.txt -e .
+	@touch $@
 
 .venv/torch: constraints.txt
 	@command -v g++ >/dev/null || command -v $${CXX:-c++} >/dev/null || { echo "A C++ compiler is needed: apt-get install g++ (or set CXX)" >&2; exit 1; }

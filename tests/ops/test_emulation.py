@@ -124,7 +124,8 @@ def test_address_sanitizer_sees_shared_memory(tmp_path):
     code = f"""
 import ctypes
 run = ctypes.CDLL({str(library)!r}).run
-run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t]
+run.restype = ctypes.c_char_p
+run.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t]
 memory = [(ctypes.c_float * 128)(), (ctypes.c_float * 128)()]
 for name in (b"block_scan", b"writes_out_of_bounds"):
     assert run(name, *(ctypes.addressof(m) for m in memory), 96, 4 * 96) == b""
