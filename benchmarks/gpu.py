@@ -233,6 +233,8 @@ def describe() -> dict:
 
     def version(package: str) -> str:
         try:
+            if package == "torch" and "torch" in sys.modules:
+                return sys.modules["torch"].__version__  # says for which CUDA
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return ""
