@@ -8,6 +8,7 @@ namespace {
 
 using V = __m256;
 constexpr int W = 8;
+constexpr bool fused = true;
 
 inline V all(float x) { return _mm256_set1_ps(x); }
 inline V load(const float* p) { return _mm256_loadu_ps(p); }

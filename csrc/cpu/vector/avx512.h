@@ -10,6 +10,7 @@ namespace {
 
 using V = __m512;
 constexpr int W = 16;
+constexpr bool fused = true;
 
 inline V all(float x) { return _mm512_set1_ps(x); }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }

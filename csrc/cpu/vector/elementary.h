@@ -23,11 +23,16 @@ inline V exp2(V x) {
   return times_power_of_two(exp2_polynomial(x - n), n);
 }
 
-// exp(-|v|), to full accuracy for large |v| as well: the product with log2(e) is carried in two parts.
+// exp(-|v|), to full accuracy for large |v| as well: the product with log2(e) is carried in two parts, or, where that would be
+// rounded, n log(2) is, the first part so short that its product with n is exact.
 inline V exp_of_negative_magnitude(V v) {
   v = larger(all(-104.0f), negative_magnitude(v));
   const V n = nearest(v * all(log2_e));
-  const V r = fma(v, all(log2_e_rest), fms(v, all(log2_e), n));
+  V r;
+  if constexpr (fused)
+    r = fma(v, all(log2_e_rest), fms(v, all(log2_e), n));
+  else
+    r = ((v - n * all(0.693359375f)) - n * all(-2.12194440e-4f)) * all(log2_e);
   return times_power_of_two(exp2_polynomial(r), n);
 }
 

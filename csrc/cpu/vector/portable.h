@@ -11,6 +11,7 @@ namespace {
 using V = float __attribute__((vector_size(16), may_alias));
 using Integers = int32_t __attribute__((vector_size(16), may_alias));
 constexpr int W = 4;
+constexpr bool fused = false;  // whether fma and fms round once
 
 inline Integers bits_of(V x) { return reinterpret_cast<Integers>(x); }
 inline V from_bits(Integers x) { return reinterpret_cast<V>(x); }
@@ -39,7 +40,7 @@ inline V load_part(const float* p, int n) {         // the first n lanes, the ot
 }
 inline void store_part(float* p, V x, int n) { std::memcpy(p, &x, 4 * n); }
 
-inline V fma(V a, V b, V c) { return a * b + c; }  // fused in the other layers
+inline V fma(V a, V b, V c) { return a * b + c; }
 inline V fms(V a, V b, V c) { return a * b - c; }
 inline V larger(V a, V b) { return a > b ? a : b; }  // b where either is NaN
 inline V smaller(V a, V b) { return a < b ? a : b; }

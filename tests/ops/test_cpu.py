@@ -1,0 +1,262 @@
+"""What only the CPU kernels promise: elementary functions over all floats, every instruction set, threads, memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dass_ops import bidirectional_scan, selective_scan, ss2d
+from dass_ops.backends import CHUNK, Backend
+
+from .cases import MapCase, ScanCase, check_map, check_scan, map_inputs, run_map, run_scan, scan_inputs
+from .conftest import require
+
+ROOT = Path(__file__).parents[2]
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@pytest.fixture
+def backend(poison) -> Backend:
+    return require(Backend.CPU)
+
+
+def all_magnitudes() -> torch.Tensor:
+    """About a million floats, evenly over all bit patterns: both signs, denormal numbers, infinities and NaN."""
+    bits = torch.cat([torch.arange(-(2**31), 2**31, 4099), torch.tensor([0, 0x7F800000, -0x800000, 0x7FC00000])])
+    everywhere = bits.to(torch.int32).view(torch.float32)
+    return torch.cat([everywhere, torch.linspace(-110, 110, 400_001), torch.linspace(-1, 1, 100_003)])
+
+
+def largest_error(got: torch.Tensor, expected: torch.Tensor, scale=1.0) -> float:
+    """Relative to the expected value where that is a normal float, absolute (in units of the smallest one) below."""
+    error = (got.double() - expected).abs() / expected.abs().clamp(min=SMALLEST_NORMAL) / scale
+    return float(error[expected.isfinite() & (expected.abs() <= torch.finfo(torch.float32).max)].max())
+
+
+def elementary(x: torch.Tensor, function: str) -> torch.Tensor:
+    return torch.ops.dass_ops.cpu_elementary(x, function)
+
+
+def check_elementary() -> None:
+    x = all_magnitudes()
+    x = x[~x.isnan()]
+    wide = x.double()
+    # exp as a decay factor: the error of the product in its argument counts in proportion to it.
+    decays = x.abs() < 1e30
+    assert largest_error(elementary(x, "exp")[decays], wide.exp()[decays], 1 + wide[decays].abs()) < 2.5e-7
+    assert largest_error(elementary(x, "softplus"), torch.nn.functional.softplus(wide, threshold=800)) < 3e-7
+    assert largest_error(elementary(x, "sigmoid"), wide.sigmoid()) < 4e-7
+    assert elementary(torch.zeros(1), "exp").item() == 1.0
+    near_one = torch.linspace(-1e-3, 0, 10_001)  # where an error is multiplied by 1 / (1 - a)
+    assert largest_error(elementary(near_one, "exp"), near_one.double().exp()) < 7e-8
+    ends = torch.tensor([-torch.inf, torch.inf])
+    assert elementary(ends, "exp").tolist() == [0.0, torch.inf]
+    assert elementary(ends, "softplus").tolist() == [0.0, torch.inf]
+    assert elementary(ends, "sigmoid").tolist() == [0.0, 1.0]
+    x = all_magnitudes()
+    for name in ("bfloat16", "float16"):
+        rounded = x.to(getattr(torch, name)).float()
+        torch.testing.assert_close(elementary(x, name), rounded, rtol=0, atol=0, equal_nan=True)
+    nan = torch.full((3,), torch.nan)
+    for name in ("exp", "softplus", "sigmoid"):
+        assert elementary(nan, name).isnan().all(), name
+
+
+def test_elementary_functions(backend):
+    check_elementary()
+
+
+# Each goes another way through the kernels: along rows, in lanes, with ends and halves of blocks of every vector width.
+SCANS = [
+    ScanCase(batch=1, channels=5, length=700, reverse=True, z=True, last_state=True, initial_state=True),
+    ScanCase(batch=1, channels=8, length=129, B=2, C=4, reverse=(True, False), softplus=False),
+    ScanCase(batch=1, channels=3, length=300, state=3, B="constant", C="constant", reverse=True),
+    ScanCase(batch=2, channels=19, length=333, state=16, z=True, initial_state=True, last_state=True),
+    ScanCase(batch=1, channels=34, length=257, state=5, B=2, C=1, reverse=(False, True), softplus=False),
+]
+MAPS = [
+    MapCase(batch=1, channels=21, height=19, width=33, rank=6),
+    MapCase(batch=2, channels=16, height=8, width=40, rank=9),
+    MapCase(batch=1, channels=3, height=7, width=23, rank=2, state=3),
+]
+
+
+def check_instruction_set(name: str) -> None:
+    """In a process of its own: the kernels are chosen once."""
+    assert torch.ops.dass_ops.cpu_instruction_set() == name
+    check_elementary()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for case in SCANS:
+            check_scan(case, dtype, Backend.CPU)
+        for case in MAPS:
+            check_map(case, dtype, Backend.CPU)
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "scalar"])
+def test_instruction_sets(name, backend):
+    call = f"from tests.ops import test_cpu; test_cpu.check_instruction_set({name!r})"
+    done = in_process(call, DASS_OPS_CPU=name)
+    if "expected one of the instruction sets that run here" in done.stderr:
+        pytest.skip(f"this processor has no {name}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unknown_instruction_set(backend):
+    done = in_process("import torch, dass_ops; torch.ops.dass_ops.cpu_instruction_set()", DASS_OPS_CPU="sse9")
+    assert done.returncode != 0
+    for part in ("DASS_OPS_CPU is 'sse9'", "scalar", "Unset it"):
+        assert part in done.stderr
+
+
+def with_threads(threads: int, run):
+    torch.set_num_threads(threads)  # the suite's fixture puts it back
+    return run()
+
+
+@pytest.mark.parametrize("case", SCANS, ids=str)
+def test_scans_do_not_depend_on_threads(case, backend):
+    inputs = scan_inputs(case, torch.float32)
+    options = {"reverse": case.reverse}
+    runs = [
+        with_threads(n, lambda: run_scan(selective_scan, case, inputs, torch.float32, backend, options=options))
+        for n in (1, 2, 3, 2)
+    ]
+    same(runs)
+
+
+def test_summed_directions_do_not_depend_on_threads(backend):
+    from .test_bidirectional_scan import inputs_of
+
+    for case in (ScanCase(batch=1, channels=5, length=600), ScanCase(batch=1, channels=18, length=300, state=4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = inputs_of(case, dtype)
+            runs = [
+                with_threads(n, lambda i=inputs, d=dtype, c=case: run_scan(bidirectional_scan, c, i, d, backend))
+                for n in (1, 2, 2)
+            ]
+            same(runs)
+
+
+@pytest.mark.parametrize("case", [*MAPS, MapCase(batch=1, channels=70, height=16, width=24)], ids=str)
+def test_maps_do_not_depend_on_threads(case, backend):
+    """Few blocks of channels: each direction is a task of its own as soon as there are threads for it."""
+    inputs = map_inputs(case, torch.float32)
+    same([with_threads(n, lambda: run_map(ss2d, inputs, backend)) for n in (1, 2, 6, 6)])
+
+
+def same(runs) -> None:
+    for other in runs[1:]:
+        for name, t in runs[0].items():
+            assert torch.equal(t, other[name]), name
+
+
+@pytest.mark.parametrize("state", [1, 16])
+def test_memory_kept_for_the_backward(state, backend):
+    """At most 1/64 of all states, beside the inputs themselves."""
+    channels, length = 32, 4096
+    inputs = {
+        k: None if t is None else t.requires_grad_()
+        for k, t in scan_inputs(ScanCase(batch=1, channels=channels, length=length, state=state), torch.float32).items()
+    }
+    assert kept(lambda: selective_scan(**inputs, delta_softplus=True, backend=backend), inputs) * 64 <= (
+        4 * channels * length * state
+    )
+    case = MapCase(batch=1, channels=channels, height=32, width=128, state=state)
+    maps = {k: t.requires_grad_() for k, t in map_inputs(case, torch.float32).items()}
+    assert kept(lambda: ss2d(**maps, backend=backend), maps) * 64 <= 4 * 4 * channels * length * state
+
+
+def kept(call, inputs) -> int:
+    """Bytes that autograd saves and that belong to no input."""
+    known = {t.untyped_storage().data_ptr() for t in inputs.values() if t is not None}
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    assert result.grad_fn is not None
+    return sum(saved.values())
+
+
+def test_boundary_states_are_what_the_backward_reads(backend):
+    """Every CHUNK-th state, as the operators' schema says, so that other kernels could take over from here."""
+    length, chunk = 1000, CHUNK[Backend.CPU]
+    inputs = scan_inputs(ScanCase(batch=1, channels=2, length=length, D=False, bias=False), torch.float32)
+    u, delta, A, B, C = (inputs[k] for k in ("u", "delta", "A", "B", "C"))
+    for reverse in (False, True):
+        _, _, states = torch.ops.dass_ops.scan_forward(
+            u[:, None], delta[:, None], A[None], B[:, None, None], C[:, None, None], None, None, None, None,
+            delta_softplus=True, reverse=[reverse], chunk=chunk, out_dtype=torch.float32,
+        )  # fmt: skip
+        assert states.shape == (1, 1, 2, 4, 1)
+        for j in range(4):
+            before = slice((j + 1) * chunk, length) if reverse else slice(0, j * chunk)
+            parts = {k: inputs[k][..., before] for k in ("u", "delta", "B", "C")}
+            _, state = selective_scan(
+                **parts, A=A, delta_softplus=True, return_last_state=True, reverse=reverse, backend="reference"
+            )
+            torch.testing.assert_close(states[:, 0, :, j], state, rtol=1e-5, atol=1e-5)
+
+
+def available_gigabytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Offsets are 64 bits wide: the last of eight long channels equals the same channel on its own."""
+    backend = require(Backend.CPU)
+    if available_gigabytes() < 14:
+        pytest.skip(f"needs 14 GB of free memory, there are {available_gigabytes():.0f}")
+    channels, pattern, times = 8, 2**16 + 17, 4100
+    length = pattern * times
+    assert channels * length > 2**31
+    g = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    u = drawn(1, channels, pattern).repeat(1, 1, times)
+    delta, B, C = (drawn(1, 1, pattern).repeat(1, 1, times) for _ in range(3))
+    A, D = -torch.rand(channels, 1, generator=g) - 0.5, torch.randn(channels, generator=g)
+    bias = torch.full((channels,), -2.0)
+    with torch.no_grad():
+        for reverse in (False, True):
+            out = selective_scan(
+                u, delta.expand(1, channels, length), A, B, C, D, None, bias, True, reverse=reverse, backend=backend
+            )
+            alone = selective_scan(
+                u[:, -1:], delta, A[-1:], B, C, D[-1:], None, bias[-1:], True, reverse=reverse, backend=backend
+            )
+            assert torch.equal(out[:, -1:], alone)
+            # Where the walk ends, against the oracle: a few thousand steps back the beginning is forgotten.
+            end = slice(0, 4000) if reverse else slice(length - 4000, length)
+            expected = selective_scan(
+                u[:, -1:, end].double(), delta[..., end].double(), A[-1:].double(), B[..., end].double(),
+                C[..., end].double(), D[-1:].double(), None, bias[-1:].double(), True,
+                reverse=reverse, backend="reference",
+            )  # fmt: skip
+            near = slice(0, 2000) if reverse else slice(2000, 4000)
+            torch.testing.assert_close(alone[..., end][..., near].double(), expected[..., near], rtol=2e-2, atol=2e-2)
+            del out, alone
