@@ -45,10 +45,10 @@ class Gradients(NamedTuple):
 
 @inline
 def walk_back(
-    inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, row,
-    row_exists, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel,
+    row, row_exists, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr,
+    TILE: tl.constexpr, INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One direction of a block of channels, from its last chunk to its first."""
     DTYPE: tl.constexpr = inputs.A.dtype.element_ty
@@ -75,7 +75,7 @@ def walk_back(
         mu = nothing
     for i in count(chunks):
         chunk = i if REVERSE else chunks - 1 - i
-        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
+        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, RAGGED, TILE)
         mask = row_exists & exists[None, :]
         dt, slope = step_sizes(inputs, delta_base + start, first, row, row_exists, step, mask, DTYPE, SOFTPLUS, INDEX)
         u = load_tile(u_base + start, row, inputs.u.channel, step, mask, DTYPE, INDEX)
@@ -148,25 +148,28 @@ def walk_back(
 
 @triton.jit
 def scan_backward_kernel(
-    inputs, d_out, d_last_state, boundary_states, to, directions, first_direction, launched, unit, blocks_per_unit, blocks,
-    chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr,
-    REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    inputs, d_out, d_last_state, boundary_states, to, directions, first_direction, launched, unit, blocks_per_unit,
+    blocks, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    RAGGED: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr,
+    SHARED: tl.constexpr, REVERSE: tl.constexpr, REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """Programs as those of scan_forward_kernel."""
     batch, direction, block, first_channel, row, row_exists = program_of_scan(
-        first_direction, launched, unit, blocks_per_unit, blocks, BLOCK
+        first_direction, launched, unit, blocks_per_unit, blocks, RAGGED, BLOCK
     )
     PAIR: tl.constexpr = REVERSE_SECOND is not None
     walk_back(
-        inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel, row,
-        row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
+        inputs, d_out, d_last_state, boundary_states, to, batch, direction, directions, block, blocks, first_channel,
+        row, row_exists, chunks, N, N_PADDED, CHUNK, RAGGED, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST,
+        LAST and not PAIR,
     )  # fmt: skip
     if PAIR:
         tl.debug_barrier()  # the second walk reads what other threads of the program wrote
         walk_back(
-            inputs, d_out, d_last_state, boundary_states, to, batch, direction + 1, directions, block, blocks, first_channel,
-            row, row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
+            inputs, d_out, d_last_state, boundary_states, to, batch, direction + 1, directions, block, blocks,
+            first_channel, row, row_exists, chunks, N, N_PADDED, CHUNK, RAGGED, TILE, INDEX, SOFTPLUS, ACCURATE,
+            SHARED, REVERSE_SECOND, False, LAST,
         )  # fmt: skip
 
 

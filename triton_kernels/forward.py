@@ -42,7 +42,7 @@ def row_of_state(
     if projection.batch is None:
         return load_column(projection.data + first * N + n, row * N, row_exists)
     else:
-        return load_row(base + (tl.cast(n, tl.int64) * projection.state + start), step, exists, DTYPE)
+        return load_row(base + (tl.cast(n, tl.int64) * projection.state + start), step, exists, row.shape[0], DTYPE)
 
 
 @inline
@@ -61,10 +61,10 @@ def step_sizes(
 
 @inline
 def walk(
-    inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists, chunks,
-    N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists,
+    chunks, N: tl.constexpr, N_PADDED: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr, TILE: tl.constexpr,
+    INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One direction of a block of channels, from its first chunk to its last."""
     DTYPE: tl.constexpr = inputs.A.dtype.element_ty
@@ -84,7 +84,7 @@ def walk(
         h = tl.full((row.shape[0], N_PADDED), 0.0, DTYPE)
     for i in count(chunks):
         chunk = chunks - 1 - i if REVERSE else i
-        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, TILE)
+        start, step, exists = steps_of_chunk(chunk, inputs.length, CHUNK, RAGGED, TILE)
         mask = row_exists & exists[None, :]
         if boundary_states is not None:
             saved = boundary_states + (sequence * chunks + chunk) * N
@@ -113,7 +113,9 @@ def walk(
 
 
 @inline
-def program_of_scan(first_direction, launched, unit, blocks_per_unit, blocks, BLOCK: tl.constexpr):
+def program_of_scan(
+    first_direction, launched, unit, blocks_per_unit, blocks, RAGGED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Programs: (batch, one direction of those launched, block of channels). Blocks stay within a unit of channels that share
     B and C. Returns batch, direction, block and first channel, 64-bit, the rows of the block, (rows, 1), and which exist."""
     program = tl.program_id(0).to(tl.int64)
@@ -122,30 +124,33 @@ def program_of_scan(first_direction, launched, unit, blocks_per_unit, blocks, BL
     batch = program // blocks // launched
     within = block % blocks_per_unit * BLOCK
     row = tl.arange(0, BLOCK)[:, None]
-    return batch, direction, block, block // blocks_per_unit * unit + within, row, within + row < unit
+    row_exists = within + row < unit if RAGGED else tl.full(row.shape, True, tl.int1)
+    return batch, direction, block, block // blocks_per_unit * unit + within, row, row_exists
 
 
 @triton.jit
 def scan_forward_kernel(
-    inputs, out, summed, last_state, boundary_states, directions, first_direction, launched, unit, blocks_per_unit, blocks,
-    chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr, SHARED: tl.constexpr, REVERSE: tl.constexpr,
-    REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    inputs, out, summed, last_state, boundary_states, directions, first_direction, launched, unit, blocks_per_unit,
+    blocks, chunks, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    RAGGED: tl.constexpr, TILE: tl.constexpr, INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, ACCURATE: tl.constexpr,
+    SHARED: tl.constexpr, REVERSE: tl.constexpr, REVERSE_SECOND: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """REVERSE_SECOND: None, or the flag of the direction that follows in the same program and adds its output."""
     batch, direction, _, first_channel, row, row_exists = program_of_scan(
-        first_direction, launched, unit, blocks_per_unit, blocks, BLOCK
+        first_direction, launched, unit, blocks_per_unit, blocks, RAGGED, BLOCK
     )
     PAIR: tl.constexpr = REVERSE_SECOND is not None
     walk(
         inputs, out, summed, last_state, boundary_states, batch, direction, directions, first_channel, row, row_exists,
-        chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
+        chunks, N, N_PADDED, CHUNK, RAGGED, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE, FIRST, LAST and not PAIR,
     )  # fmt: skip
     if PAIR:
         tl.debug_barrier()  # the second walk reads what other threads of the program wrote
         walk(
             inputs, out, summed, last_state, boundary_states, batch, direction + 1, directions, first_channel, row,
-            row_exists, chunks, N, N_PADDED, CHUNK, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND, False, LAST,
+            row_exists, chunks, N, N_PADDED, CHUNK, RAGGED, TILE, INDEX, SOFTPLUS, ACCURATE, SHARED, REVERSE_SECOND,
+            False, LAST,
         )  # fmt: skip
 
 
@@ -163,6 +168,7 @@ def launches(sizes: ScanSizes, reverse: list[bool], softplus: bool, inputs: Scan
         "N_PADDED": power_of_two(sizes.state),
         "BLOCK": plan.channels,
         "CHUNK": plan.chunk,
+        "RAGGED": plan.ragged(sizes.unit, sizes.length),
         "TILE": plan.tile,
         "INDEX": index_type(plan, sizes.length, sizes.length, inputs.u.channel, inputs.delta.channel, *strides),
         "SOFTPLUS": softplus,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import prepare_map, prepare_map_gradients, state_dtype
-from .map_forward import lifted, load_weight, map_launches, program_of_map
+from .map_forward import decay, lifted, load_weight, map_launches, program_of_map
 from .plan import device_size, map_plan, on_device
 from .primitives import count, inline, settled, total
 from .recurrence import state_backward
@@ -21,7 +21,6 @@ from .tiles import (
     load_column,
     load_map,
     load_row,
-    load_tile,
     places_of_chunk,
     steps_of_chunk,
     store_map,
@@ -44,8 +43,8 @@ class MapGradients(NamedTuple):
 
 @inline
 def walk_map_back(
-    inputs, low_rank, d_y, boundary_states, to, batch, direction, block, row, row_exists, chunks,
-    N: tl.constexpr, N_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    inputs, low_rank, d_y, boundary_states, to, batch, direction, block, row, row_exists, chunks, N: tl.constexpr,
+    N_PADDED: tl.constexpr, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr,
     TILE: tl.constexpr, INDEX: tl.constexpr, ACCURATE: tl.constexpr, PRECISION: tl.constexpr, PLACING: tl.constexpr,
     HEIGHT: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +54,6 @@ def walk_map_back(
     n_index = tl.arange(0, N_PADDED)[None, :]
     state_exists = row_exists & (n_index < N)
     index = tl.arange(0, TILE)[None, :]
-    r = tl.arange(0, RANK_PADDED)[:, None]
     length = inputs.length
     first = direction * inputs.channels + first_channel  # row of (4, channels)
     sequence = batch * 4 * inputs.channels + first  # row of (batch, 4, channels)
@@ -68,20 +66,32 @@ def walk_map_back(
     weight = load_weight(inputs, first, row, row_exists, RANK, RANK_PADDED)
     bias = load_column(inputs.dt_bias + first, row, row_exists)
     D = load_column(inputs.Ds + first, row, row_exists)
+    only_A = decay(inputs, first, 0, row, row_exists, N)  # read once where it is the only one
     mu = tl.full((row.shape[0], N_PADDED), 0.0, DTYPE)
     d_A = mu
     d_bias = tl.full(row.shape, 0.0, DTYPE)
     d_D = d_bias
     for i in count(chunks):
         chunk = i if REVERSE else chunks - 1 - i
-        start, step, exists = steps_of_chunk(chunk, length, CHUNK, TILE)
+        start, step, exists = steps_of_chunk(chunk, length, CHUNK, RAGGED, TILE)
         begin, places, placed = places_of_chunk(
-            start, step, exists, inputs.height, inputs.width, TILE, PLACING, HEIGHT, INDEX
+            start, step, exists, inputs.height, inputs.width, RAGGED, TILE, PLACING, HEIGHT, INDEX
         )
         mask = row_exists & exists[None, :]
-        rows_mask = (r < RANK) & exists[None, :]
-        rows = load_tile(rows_base + start, r, low_rank.row, step, rows_mask, DTYPE, INDEX)
-        dt, slope = lifted(weight, rows, bias, mask, PRECISION, DTYPE)
+        dt, slope = lifted(
+            weight,
+            bias,
+            rows_base + start,
+            low_rank.row,
+            step,
+            exists,
+            mask,
+            RANK,
+            RANK_PADDED,
+            PRECISION,
+            INDEX,
+            DTYPE,
+        )
         u = load_map(x_base + begin, row, inputs.x.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
         g = load_map(g_base + begin, row, d_y.channel, row_exists, places, placed, DTYPE, INDEX, TILE, PLACING)
         if PLACING == COLUMN_TILE:
@@ -92,10 +102,10 @@ def walk_map_back(
         d_x = tl.full(x.shape, 0.0, DTYPE)  # sum_n lam B
         d_dt = tl.full(x.shape, 0.0, DTYPE)
         for n in range(N):
-            A = -tl.exp(load_column(inputs.A_logs + first * N + n, row * N, row_exists))
+            A = only_A if N == 1 else decay(inputs, first, n, row, row_exists, N)
             B_row = rows_base + ((tl.cast(n, tl.int64) + RANK) * low_rank.row + start)
-            B = load_row(B_row, step, exists, DTYPE)
-            C = load_row(B_row + tl.cast(low_rank.row, tl.int64) * N, step, exists, DTYPE)
+            B = load_row(B_row, step, exists, row.shape[0], DTYPE)
+            C = load_row(B_row + tl.cast(low_rank.row, tl.int64) * N, step, exists, row.shape[0], DTYPE)
             saved = boundary_states + (sequence * chunks + chunk) * N + n
             h_in = load_column(saved, row.to(INDEX) * chunks * N, row_exists)
             h, lam, d_dt_n, d_A_n, mu = state_backward(
@@ -124,20 +134,21 @@ def walk_map_back(
 @triton.jit
 def map_backward_kernel(
     inputs, low_rank, d_y, boundary_states, to, first_direction, chunks, N: tl.constexpr, N_PADDED: tl.constexpr,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    INDEX: tl.constexpr, ACCURATE: tl.constexpr, PRECISION: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr,
-    FIRST: tl.constexpr,
+    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr,
+    TILE: tl.constexpr, INDEX: tl.constexpr, ACCURATE: tl.constexpr, PRECISION: tl.constexpr, PLACING: tl.constexpr,
+    HEIGHT: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Programs and directions as those of map_forward_kernel."""
-    batch, block, row, row_exists = program_of_map(inputs.channels, BLOCK)
+    batch, block, row, row_exists = program_of_map(inputs.channels, RAGGED, BLOCK)
     walk_map_back(
-        inputs, low_rank, d_y, boundary_states, to, batch, first_direction, block, row, row_exists,
-        chunks, N, N_PADDED, RANK, RANK_PADDED, CHUNK, TILE, INDEX, ACCURATE, PRECISION, PLACING, HEIGHT, False, FIRST, False,
+        inputs, low_rank, d_y, boundary_states, to, batch, first_direction, block, row, row_exists, chunks, N,
+        N_PADDED, RANK, RANK_PADDED, CHUNK, RAGGED, TILE, INDEX, ACCURATE, PRECISION, PLACING, HEIGHT, False, FIRST,
+        False,
     )  # fmt: skip
     tl.debug_barrier()  # the second walk reads what other threads of the program wrote
     walk_map_back(
         inputs, low_rank, d_y, boundary_states, to, batch, first_direction + 2, block, row, row_exists,
-        chunks, N, N_PADDED, RANK, RANK_PADDED, CHUNK, TILE, INDEX, ACCURATE, PRECISION, PLACING, HEIGHT, True, False,
+        chunks, N, N_PADDED, RANK, RANK_PADDED, CHUNK, RAGGED, TILE, INDEX, ACCURATE, PRECISION, PLACING, HEIGHT, True, False,
         not FIRST,
     )  # fmt: skip
 
@@ -154,7 +165,7 @@ def ss2d_backward(
     wide = state_dtype(x.dtype)
     if sizes.empty:
         return tuple(torch.zeros_like(t) for t in given)
-    plan = map_plan(batch * channels, length, chunk, device_size(x.device))
+    plan = map_plan(batch * channels, length, rank, chunk, device_size(x.device))
     blocks = -(-channels // plan.channels)
 
     def empty(*shape, dtype=wide):

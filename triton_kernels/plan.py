@@ -25,6 +25,10 @@ class Plan(NamedTuple):
     def chunks(self, length: int) -> int:
         return -(-length // self.chunk)
 
+    def ragged(self, channels: int, length: int) -> bool:
+        """Whether some block of channels or some tile is not full."""
+        return channels % self.channels != 0 or length % self.tile != 0 or self.chunk != self.tile
+
 
 CHUNK = 128  # steps of a tile that a warp holds in its registers, four to a lane
 
@@ -50,9 +54,16 @@ def scan_plan(
     return Plan(channels, chunk, tile, warps)
 
 
-def map_plan(sequences: int, length: int, chunk: int, multiprocessors: int) -> Plan:
-    """For the map form with `sequences` = batch * channels. Products of matrices want blocks of 16 channels."""
-    return scan_plan(sequences, 16, length, chunk, multiprocessors, least=16, most=16)
+def multiplied(rank: int) -> bool:
+    """Whether a low-rank product is done number by number instead of by tl.dot, which pads the rank to 16, wants 16 channels
+    and needs its result moved to another thread layout."""
+    return rank <= 12
+
+
+def map_plan(sequences: int, length: int, rank: int, chunk: int, multiprocessors: int) -> Plan:
+    """For the map form with `sequences` = batch * channels."""
+    least, most = (4, 8) if multiplied(rank) else (16, 16)
+    return scan_plan(sequences, 16, length, chunk, multiprocessors, least, most)
 
 
 def placing(columns: bool, height: int, plan: Plan) -> dict:

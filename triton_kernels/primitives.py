@@ -1,8 +1,8 @@
 """What the kernels are made of: scans of affine maps in either direction, numerics, sums and stores.
 
 Interpreted (TRITON_INTERPRET=1), some things go another way, because Triton's interpreter does them very slowly or wrongly:
-`inline`, `count`, `scan_states`, `scan_adjoint`, `settled`, `total` and `rounded`. `tests/ops/test_triton.py` compares the
-scans and `rounded` with what they stand for.
+`inline`, `count`, `unrolled`, `scan_states`, `scan_adjoint`, `settled`, `step_of`, `total` and `rounded`.
+`tests/ops/test_triton.py` compares the scans and `rounded` with what they stand for.
 """
 
 import triton
@@ -63,8 +63,13 @@ if INTERPRETED:
             yield i
             i += 1
 
+    unrolled = range
+
     def settled(x):
         return x
+
+    def step_of(x, index, which):
+        return total(tl.where(index == which, x, 0.0), 1)[:, None]
 
     def total(x, axis):
         return tl.reduce(x, axis, tl.standard._sum_combine)
@@ -113,7 +118,13 @@ else:
             _, lam, _ = tl.associative_scan((one, q, a), 1, compose_adjoint)
         return lam
 
+    @triton.jit
+    def step_of(x, index, which: tl.constexpr):
+        """Column `which` of a tile, (rows, 1): a shuffle in place of a sum."""
+        return tl.gather(x, tl.full((x.shape[0], 1), which, tl.int32), 1)
+
     count = tl.range
+    unrolled = tl.static_range
 
     @triton.jit
     def total(x, axis: tl.constexpr):
@@ -127,10 +138,19 @@ else:
 # -- numerics, section 5 of SCAN.md ------------------------------------------------------------------------------------
 
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@inline
+def exp(x):
+    """exp(x). Through exp2 it is two instructions on a GPU where tl.exp takes six, which keep what is below 1e-38."""
+    return tl.exp2(x * LOG2_E)
+
+
 @inline
 def exp_near_zero(x, ACCURATE: tl.constexpr):
     """exp(x), in float32 with ACCURATE to the last bit near 0, where a state with gain 1/(1-a) would multiply the error."""
-    a = tl.exp(x)
+    a = exp(x)
     if ACCURATE:
         q = x * 0.008310842327773571 + 0.04178725183010101
         q = q * x + 0.1666693091392517
@@ -143,7 +163,7 @@ def exp_near_zero(x, ACCURATE: tl.constexpr):
 @inline
 def softplus_and_sigmoid(v):
     """softplus(v) = max(v, 0) + log1p(exp(-|v|)) and its derivative, for every v without overflow."""
-    z = tl.exp(-tl.abs(v))
+    z = exp(-tl.abs(v))
     if v.dtype == tl.float64:
         one_more = z + 1.0
         rest = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
@@ -164,7 +184,7 @@ def softplus_and_sigmoid(v):
 
 @inline
 def sigmoid(v):
-    z = tl.exp(-tl.abs(v))
+    z = exp(-tl.abs(v))
     return tl.where(v >= 0.0, 1.0, z) / (z + 1.0)
 
 

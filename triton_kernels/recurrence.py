@@ -6,7 +6,7 @@ has at the tile's edge.
 
 import triton.language as tl
 
-from .primitives import column, exp_near_zero, inline, scan_adjoint, scan_states, total, with_column
+from .primitives import column, exp_near_zero, inline, scan_adjoint, scan_states, step_of, total, with_column
 
 
 @inline
@@ -18,7 +18,7 @@ def state_forward(
     EXIT: tl.constexpr = 0 if REVERSE else TILE - 1
     a = exp_near_zero(dt * A, ACCURATE)
     h = scan_states(a, x * B + tl.where(step == ENTRY, a * column(carried, n_index, n), 0.0), REVERSE)
-    return h, with_column(carried, n_index, n, column(h, step, EXIT))
+    return h, with_column(carried, n_index, n, step_of(h, step, EXIT))
 
 
 @inline
@@ -36,5 +36,5 @@ def state_backward(
     h = scan_states(a, w + tl.where(step == ENTRY, a * h_in, 0.0), REVERSE)
     a_h = h - w  # a h_prev
     lam = scan_adjoint(C * g + tl.where(step == EXIT, column(carried, n_index, n), 0.0), a, not REVERSE)
-    mu = with_column(carried, n_index, n, column(a * lam, step, ENTRY))
+    mu = with_column(carried, n_index, n, step_of(a * lam, step, ENTRY))
     return h, lam, lam * (A * a_h + B * u), total(lam * dt * a_h, 1)[:, None], mu

@@ -51,16 +51,18 @@ class LowRank(NamedTuple):
 
 
 @inline
-def steps_of_chunk(chunk, length, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """The first position of a chunk of a sequence, 64-bit, the steps from there, (steps,), and which of them exist.
+def steps_of_chunk(chunk, length, CHUNK: tl.constexpr, RAGGED: tl.constexpr, TILE: tl.constexpr):
+    """The first position of a chunk of a sequence, 64-bit, the steps from there, (steps,), and which of them exist: not
+    RAGGED, where all do in every chunk, the compiler leaves out what masks cost.
 
     The hint about contiguity gives every dtype the thread layout that `turned` wants, one warp to a row; without it, 16-bit
     tiles are computed in two layouts."""
     start = tl.cast(chunk, tl.int64) * CHUNK
     step = tl.max_contiguous(tl.arange(0, TILE), max(TILE // 32, 1))
-    exists = start + step < length
-    if CHUNK != TILE:
-        exists = exists & (step < CHUNK)
+    if RAGGED:
+        exists = (start + step < length) & (step < CHUNK)
+    else:
+        exists = tl.full(step.shape, True, tl.int1)
     return start, step, exists
 
 
@@ -77,9 +79,17 @@ def store_tile(base, row, stride, step, mask, value, INDEX: tl.constexpr):
 
 
 @inline
-def load_row(base, step, exists, DTYPE: tl.constexpr):
-    """(1, steps). Read as a vector: a load of (1, steps) would force its thread layout on the tiles it meets."""
-    return tl.load(base + step, mask=exists, other=0.0).to(DTYPE)[None, :]
+def load_row(base, step, exists, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """(1, steps) or, the same row for each of BLOCK channels, (channels, steps).
+
+    A load of (1, steps) would force its thread layout on the tiles it meets. As a vector it takes theirs, but only where the
+    program has more threads than the vector has steps (plan.py: from 16 channels on); else it goes through shared memory."""
+    if BLOCK > 8:
+        return tl.load(base + step, mask=exists, other=0.0).to(DTYPE)[None, :]
+    else:
+        shape: tl.constexpr = (BLOCK, step.shape[0])
+        mask = tl.broadcast_to(exists[None, :], shape)
+        return tl.load(base + tl.broadcast_to(step[None, :], shape), mask=mask, other=0.0).to(DTYPE)
 
 
 @inline
@@ -108,8 +118,8 @@ ANY_COLUMNS: tl.constexpr = tl.constexpr(2)
 
 @inline
 def places_of_chunk(
-    start, step, exists, height, width, TILE: tl.constexpr, PLACING: tl.constexpr, HEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
+    start, step, exists, height, width, RAGGED: tl.constexpr, TILE: tl.constexpr, PLACING: tl.constexpr,
+    HEIGHT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Where on the map the steps of a chunk lie: an offset, 64-bit, the places from there, and which of these exist, as they
     are read: (steps,), or (height, columns) for COLUMN_TILE. The first three arguments: of steps_of_chunk."""
@@ -117,7 +127,11 @@ def places_of_chunk(
         first = start // HEIGHT
         column = tl.arange(0, TILE // HEIGHT)[None, :]
         row = tl.arange(0, HEIGHT)[:, None]
-        return first, row * tl.cast(width, INDEX) + column, (row < height) & (first + column < width)
+        if RAGGED:
+            placed = (row < height) & (first + column < width)
+        else:
+            placed = tl.full((HEIGHT, TILE // HEIGHT), True, tl.int1)
+        return first, row * tl.cast(width, INDEX) + column, placed
     elif PLACING == ANY_COLUMNS:
         order = start.to(INDEX) + step
         return start * 0, order % height * width + order // height, exists
