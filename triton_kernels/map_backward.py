@@ -165,7 +165,7 @@ def ss2d_backward(
     wide = state_dtype(x.dtype)
     if sizes.empty:
         return tuple(torch.zeros_like(t) for t in given)
-    plan = map_plan(batch * channels, length, rank, chunk, device_size(x.device))
+    plan = map_plan(batch * channels, length, rank, x.dtype, chunk, device_size(x.device))
     blocks = -(-channels // plan.channels)
 
     def empty(*shape, dtype=wide):

@@ -165,8 +165,8 @@ def map_launches(x_dbl: Tensor, sizes: MapSizes, inputs: MapInputs, plan: Plan, 
     """Whether by columns, the two directions of x_dbl, grid, the kernels' numbers and their constants, for the two launches
     of either pass. `strides`: of channels, in tensors beyond the inputs."""
     grid = (sizes.batch, -(-sizes.channels // plan.channels))
-    rank_padded = 0 if multiplied(sizes.rank) else max(power_of_two(sizes.rank), 16)
     io, wide = inputs.x.data.dtype, inputs.Ds.dtype
+    rank_padded = 0 if multiplied(sizes.rank, io) else max(power_of_two(sizes.rank), 16)
     for columns in (False, True):
         low_rank = in_order(x_dbl, columns)
         offsets = (inputs.x.channel, sizes.length, rank_padded // plan.channels * low_rank.row, *strides)
@@ -211,7 +211,7 @@ def ss2d_forward(
     boundary_states = x.new_empty((batch, 4, channels, saved_chunks, state), dtype=wide)
     if sizes.empty:
         return y, boundary_states
-    plan = map_plan(batch * channels, length, rank, chunk, device_size(x.device))
+    plan = map_plan(batch * channels, length, rank, x.dtype, chunk, device_size(x.device))
     summed = y if out_dtype == wide else torch.empty_like(y, dtype=wide)
     saved = boundary_states if chunk else None
     with on_device(x):

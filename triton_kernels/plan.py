@@ -54,15 +54,16 @@ def scan_plan(
     return Plan(channels, chunk, tile, warps)
 
 
-def multiplied(rank: int) -> bool:
-    """Whether a low-rank product is done number by number instead of by tl.dot, which pads the rank to 16, wants 16 channels
-    and needs its result moved to another thread layout."""
-    return rank <= 12
+def multiplied(rank: int, io: torch.dtype) -> bool:
+    """Whether a low-rank product is done number by number instead of by tl.dot, which pads the rank to a power of two from 16
+    on, wants 16 channels, needs its result moved to another thread layout and, in float32, three products for one. Where
+    the two cross was read off the compiled code; 16-bit rows cost a conversion for each channel that reads them."""
+    return rank <= (12 if io.itemsize == 2 else 24)
 
 
-def map_plan(sequences: int, length: int, rank: int, chunk: int, multiprocessors: int) -> Plan:
-    """For the map form with `sequences` = batch * channels."""
-    least, most = (4, 8) if multiplied(rank) else (16, 16)
+def map_plan(sequences: int, length: int, rank: int, io: torch.dtype, chunk: int, multiprocessors: int) -> Plan:
+    """For the map form with `sequences` = batch * channels and low-rank rows of dtype `io`."""
+    least, most = (4, 8) if multiplied(rank, io) else (16, 16)
     return scan_plan(sequences, 16, length, chunk, multiprocessors, least, most)
 
 

@@ -41,7 +41,7 @@ def compiled(*arguments) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.ops.ahead_of_time", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=550)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1700)
     assert result.returncode == 0, result.stderr[-3000:]
     records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     rejected = [f"{r['case']}, {r['kernel']}: {r['error'][-500:]}" for r in records if "error" in r]
@@ -63,19 +63,22 @@ def check_resources(records, capability):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("capability, stages", [(80, (2, 4)), (90, (1, 3))])
+@pytest.mark.timeout(1800)  # the compiler on a busy machine
+@pytest.mark.parametrize("capability, stages", [(80, (4,)), (90, (1, 3))])
 def test_the_models_shapes_compile_without_spills(here, capability, stages):
-    """Each shape of DASS on one architecture, those of Mamba on both; the rest of the table below."""
+    """Shapes of DASS on one architecture, those of Mamba on both; the rest of the table below."""
     check_resources(compiled(capability, "--stages", *stages), capability)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, stages", [(80, (1, 3)), (90, (2, 4))])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability, stages", [(80, (1, 2, 3)), (90, (2, 4))])
 def test_the_other_shapes_compile_without_spills(here, capability, stages):
     check_resources(compiled(capability, "--stages", *stages), capability)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_the_suite_interprets_also_compiles(here, capability):
     assert len(compiled(capability, "--suite")) > 60
@@ -85,12 +88,12 @@ def test_what_the_suite_interprets_also_compiles(here, capability):
 
 FULL = [  # blocks of channels and tiles that are all full
     MapCase(batch=1, channels=16, height=8, width=32, rank=3),
-    MapCase(batch=1, channels=16, height=4, width=64, rank=20, state=2),
+    MapCase(batch=1, channels=16, height=4, width=64, rank=25, state=2),
     MapCase(batch=1, channels=8, height=12, width=32, rank=12),
 ]
 
 
-@pytest.mark.parametrize("case", [*FULL, MapCase(batch=1, channels=18, height=4, width=9, rank=13)], ids=str)
+@pytest.mark.parametrize("case", [*FULL, MapCase(batch=1, channels=18, height=4, width=9, rank=28)], ids=str)
 def test_maps(here, case):
     check_map(case, torch.float32, Backend.TRITON)
     check_map(case, torch.bfloat16, Backend.TRITON)
@@ -128,12 +131,14 @@ def test_plan_of_maps(here):
     from dass_ops.triton_kernels.plan import map_plan, multiplied
 
     for channels, height, width, rank in [(96, 32, 256, 6), (192, 16, 128, 12), (384, 8, 64, 24), (768, 4, 32, 48)]:
-        for batch in (1, 32):
-            plan = map_plan(batch * channels, height * width, rank, 128, 132)
+        for batch, dtype in ((1, torch.float32), (32, torch.float32), (32, torch.bfloat16)):
+            plan = map_plan(batch * channels, height * width, rank, dtype, 128, 132)
             assert not plan.ragged(channels, height * width), "DASS needs no masks"
-            assert plan.channels == 16 or multiplied(rank), "tl.dot wants 16 rows"
-    assert map_plan(3, 35, 6, 128, 132).ragged(3, 35)
-    assert map_plan(3, 100, 6, 100, 132).ragged(4, 200), "a chunk that is no power of two does not fill its tile"
+            assert plan.channels == 16 or multiplied(rank, dtype), "tl.dot wants 16 rows"
+    assert map_plan(3, 35, 6, torch.float32, 128, 132).ragged(3, 35)
+    assert map_plan(3, 100, 6, torch.float32, 100, 132).ragged(4, 200), (
+        "a chunk that is no power of two does not fill its tile"
+    )
 
 
 def test_boundary_states_do_not_depend_on_the_device(here):
@@ -142,7 +147,7 @@ def test_boundary_states_do_not_depend_on_the_device(here):
 
     for size in (1, 108, 132):
         assert scan_plan(4096, 64, 5000, 128, size).chunk == 128
-        assert map_plan(4096, 5000, 6, 128, size).chunk == 128
+        assert map_plan(4096, 5000, 6, torch.float32, 128, size).chunk == 128
         assert scan_plan(4096, 64, 40, 128, size).chunks(40) == 1
 
 
