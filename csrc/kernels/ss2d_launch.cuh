@@ -322,7 +322,7 @@ Ss2dBackwardPlan plan_ss2d_backward(const Ss2dBackward& call, const Device& devi
   work.call = call;
   work.parameters = {call.dt_weight, call.dt_bias, call.A_logs, call.Ds};
   if (!plan_ss2d_backward_layout<T, true>(plan, device)) {
-    int64_t positions = tile_positions(sizes, Layout<4>::kChannels);
+    int64_t positions = kTilePositions;
     while (positions && !plan_ss2d_backward_layout<T, false>(plan, device, positions)) positions /= 2;
     if (!positions) throw std::runtime_error(does_not_fit(sizes));
     Ss2dSummaryWork& summary = plan.summary;
