@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dass.pieces import is_long, pieces
 from dass.ss2d import SS2D
 from dass_ops import Backend
 
@@ -110,7 +111,10 @@ class StochasticDepth(nn.Module):
 
 
 class Block(nn.Module):
-    """x + scan(norm(x)), then x + mlp(norm(x)); each branch under stochastic depth."""
+    """x + scan(norm(x)), then x + mlp(norm(x)); each branch under stochastic depth.
+
+    `own`: x is nobody else's, and may be overwritten where no gradient is wanted.
+    """
 
     def __init__(self, channels: int, *, drop_path: float = 0.0, backend: Backend | str | None = None):
         super().__init__()
@@ -120,14 +124,21 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, own: bool = False) -> Tensor:
+        if not is_long(self, x):
+            x = x + self.drop_path(self.op(x, self.norm))
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        branch = self.op(x, self.norm)
+        x = x.add_(branch) if own else x + branch
+        for part in pieces(x):
+            part += self.mlp(self.norm2(part))
+        return x
 
 
 class Stage(nn.Module):
     """Blocks of one width, then the way to the next stage (`downsample`; Identity after the last).
 
+    Where no gradient is wanted, a long input may be overwritten.
     `gradient_checkpointing`: keep only the blocks' inputs for backward and compute the rest again.
     """
 
@@ -149,5 +160,5 @@ class Stage(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, own=True)
         return self.downsample(x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dass.pieces import by_pieces, is_long
 from dass_ops import Backend, ss2d_projected
 
 DIRECTIONS = 4
@@ -57,11 +58,22 @@ class SS2D(nn.Module):
         self.A_logs.copy_(torch.arange(1, STATE + 1, device=self.A_logs.device).log().expand_as(self.A_logs))
         self.Ds.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x).permute(0, 3, 1, 2)
-        x = F.silu(self.conv2d(x))  # (batch, channels, height, width), in memory as it came: channels last
-        y = ss2d_projected(
-            x,
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """`norm` is applied to x before everything else; x is left as it is."""
+        long = is_long(self, x)
+
+        def enter(part: Tensor) -> Tensor:
+            return self.in_proj(part if norm is None else norm(part))
+
+        def leave(part: Tensor) -> Tensor:
+            return self.out_proj(self.out_norm(part))
+
+        # One name for every map from here on: what is done with is freed.
+        h = by_pieces(enter, x) if long else enter(x)
+        h = self.conv2d(h.permute(0, 3, 1, 2))  # (batch, channels, height, width), in memory as it came: channels last
+        h = F.silu(h, inplace=not torch.is_grad_enabled())
+        h = ss2d_projected(
+            h,
             self.x_proj_weight,
             self.dt_projs_weight,
             self.dt_projs_bias,
@@ -70,7 +82,8 @@ class SS2D(nn.Module):
             out_dtype=self.out_norm.weight.dtype,  # under autocast the sum of the directions is not rounded
             backend=self.backend,
         )
-        return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)))
+        h = h.permute(0, 2, 3, 1)
+        return by_pieces(leave, h) if long else leave(h)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, dt_rank={self.dt_projs_weight.shape[-1]}, backend={self.backend}"
