@@ -1,7 +1,6 @@
 """Long inputs: what a pass without gradients holds, and that holding less changes nothing."""
 
-import dataclasses
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def test_an_mlp_in_pieces_gives_the_same(model, monkeypatch, piece):
 @pytest.mark.slow
 def test_a_long_pass_holds_few_maps():
     """Each further minute costs less than seven maps of the first stage; with the MLP's inner ones it would be twelve."""
-    model = DASS(dataclasses.replace(CONFIG, dims=(32, 32))).eval()
+    model = DASS(replace(CONFIG, dims=(32, 32))).eval()
     memory = []
     with torch.inference_mode():
         for minutes in (5, 10, 20):
