@@ -1,6 +1,7 @@
 """Long inputs: what a pass without gradients holds, and that holding less changes nothing."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
