@@ -1,8 +1,7 @@
 """What a run says and records: progress on the terminal, `metrics.jsonl`, and TensorBoard or W&B where wanted.
 
-`metrics.jsonl` holds one JSON object a line: {"event": "step" | "epoch" | "final", "step": ..., figures}. It is the
-record from which curves are drawn; nothing in it depends on the clock but the keys in CLOCK_KEYS, so that the files of
-an interrupted and of an uninterrupted run are equal without them.
+`metrics.jsonl` holds one JSON object a line, {"event": one of EVENTS, "step": ..., figures}. It is the record from which curves are drawn; nothing in it depends on the clock but the keys in CLOCK_KEYS, so that the
+files of an interrupted and of an uninterrupted run are equal without them.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from typing import Any, Literal
 from dass.checkpoint import atomic_write
 
 CLOCK_KEYS = ("seconds", "clips_per_second", "data_share")
+EVENTS = ("step", "epoch", "average", "test", "final")
+AT_THE_END = EVENTS[2:]  # recorded after the last state but one: who resumes from that one makes them again
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class RunLog:
         if folder is None or not main:
             return
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step and line["event"] != "final"]
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step and line["event"] not in AT_THE_END]
         atomic_write(path, "".join(json.dumps(line) + "\n" for line in (kept if resumed_step else [])))
         self._file = path.open("a", encoding="utf-8")
         self._open_writers(resumed_step)
@@ -73,7 +74,7 @@ class RunLog:
         else:
             print(text, flush=True)
 
-    def record(self, event: Literal["step", "epoch", "final"], step: int, figures: dict[str, Any]) -> None:
+    def record(self, event: str, step: int, figures: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and pass its numbers to TensorBoard and W&B; NaN and inf become null."""
         if self.folder is None or not self.main:
             return

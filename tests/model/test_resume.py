@@ -17,6 +17,7 @@ from dass.checkpoint import read_tensors
 from dass.config_files import config_to_toml
 from dass.run_log import CLOCK_KEYS, read_metrics
 from dass.trainer import Trainer
+from dass.validation import Validation
 
 from .tiny_run import tiny_config, write_tones
 
@@ -31,9 +32,10 @@ def tones(tmp_path_factory):
 
 
 def everything_on(tones, folder, **sections):
-    """Mixup, stochastic depth, accumulation, clipping, both averages, a teacher that is an average, balanced sampling."""
+    """Mixup, stochastic depth, accumulation, clipping, both averages, a teacher that is an average, balanced sampling, test
+    clips."""
     defaults = {
-        "data": {"sampler": "balanced"},
+        "data": {"sampler": "balanced", "test": tones},
         "train": {"epochs": 4, "accumulate": 2, "batch_size": 4},
         "optimizer": {"clip_norm": 1.0},
         "average": {"epochs": (2, 4), "ema": 0.9},
@@ -71,9 +73,9 @@ def uninterrupted(tones, tmp_path_factory):
     return outcome(folder)
 
 
-def killing_at(trainer, method, count):
-    """The trainer, dying before the `count`-th call of one of its methods."""
-    original, calls = getattr(trainer, method), []
+def killed_at(config, owner, method, count):
+    """Run until the `count`-th call of a method of Trainer or one of its parts, and die before it."""
+    original, calls = getattr(owner, method), []
 
     def wrapped(*arguments):
         calls.append(1)
@@ -81,38 +83,39 @@ def killing_at(trainer, method, count):
             raise Killed
         return original(*arguments)
 
-    setattr(trainer, method, wrapped)
-    return trainer
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, method, wrapped)
+        Trainer(config).fit()
 
 
 def test_killed_in_every_part_of_the_loop_it_ends_with_the_same_bits(tones, tmp_path, uninterrupted):
     config = everything_on(tones, tmp_path / "run")
-    for method, count in (
-        ("_save_state", 1),
-        ("_step", 3),
-        ("_evaluate", 1),
-        ("_record_window", 1),
-        ("_keep_if_best", 1),
-        ("_save_state", 3),
-        ("_finish", 1),
+    for owner, method, count in (
+        (Trainer, "_save_state", 1),
+        (Trainer, "_step", 3),
+        (Validation, "evaluate", 1),
+        (Trainer, "_record_window", 1),
+        (Validation, "keep_if_best", 1),
+        (Trainer, "_save_state", 3),
+        (Trainer, "_finish", 1),
+        (Validation, "test_best", 1),
+        (Trainer, "_save_state", 1),  # the last one: all is recorded, and will be once more
     ):
-        with pytest.raises(Killed):
-            killing_at(Trainer(config), method, count).fit()
+        killed_at(config, owner, method, count)
     result = Trainer(config).fit()
     assert_same(tmp_path / "run", uninterrupted)
     assert len(list((result.folder / "state").iterdir())) == 2  # run.keep
 
 
 def test_workers_and_logging_do_not_change_the_bits(tones, tmp_path, uninterrupted):
-    config = everything_on(tones, tmp_path / "run", data={"sampler": "balanced", "workers": 2})
+    config = everything_on(tones, tmp_path / "run", data={"sampler": "balanced", "test": tones, "workers": 2})
     Trainer(config).fit()
     assert_same(tmp_path / "run", uninterrupted)
 
 
 def test_a_torn_metrics_file_is_mended(tones, tmp_path, uninterrupted):
     config = everything_on(tones, tmp_path / "run")
-    with pytest.raises(Killed):
-        killing_at(Trainer(config), "_step", 5).fit()
+    killed_at(config, Trainer, "_step", 5)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "step": 4, "lo')
     Trainer(config).fit()
@@ -121,8 +124,7 @@ def test_a_torn_metrics_file_is_mended(tones, tmp_path, uninterrupted):
 
 def test_a_broken_state_is_named(tones, tmp_path):
     config = everything_on(tones, tmp_path / "run")
-    with pytest.raises(Killed):
-        killing_at(Trainer(config), "_step", 3).fit()
+    killed_at(config, Trainer, "_step", 3)
     state = run_folder.newest_state(tmp_path / "run")
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{state.name} is not a state of a run"):
