@@ -1,7 +1,8 @@
 """What a run says and records: progress on the terminal, `metrics.jsonl`, and TensorBoard or W&B where wanted.
 
-`metrics.jsonl` holds one JSON object a line, {"event": one of EVENTS, "step": ..., figures}. It is the record from which curves are drawn; nothing in it depends on the clock but the keys in CLOCK_KEYS, so that the
-files of an interrupted and of an uninterrupted run are equal without them.
+`metrics.jsonl` holds one JSON object a line, {"event": one of EVENTS, "step": ..., figures}. It is the record from which
+curves are drawn; nothing in it depends on the clock but the keys in CLOCK_KEYS, so that the files of an interrupted and of
+an uninterrupted run are equal without them.
 """
 
 from __future__ import annotations
