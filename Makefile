@@ -19,7 +19,7 @@ else
 endif
 STAMP := build/installed-$(shell printf '%s' "$(PY)" | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow sanitize-emulated gpu setup emulation lint clean help
+.PHONY: demo test test-slow sanitize sanitize-emulated gpu setup emulation lint clean help
 
 help: ## what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -38,6 +38,17 @@ sanitize-emulated: setup ## the CUDA kernels, emulated, under AddressSanitizer a
 
 gpu: $(if $(GIVEN),,setup) ## on a machine with a GPU: build, tests, sanitizers, benchmarks; one JSON; ten minutes; offline with PYTHON=
 	"$(PY)" benchmarks/gpu.py
+
+SANITIZED := build/sanitized
+sanitize: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart, and their tests
+	DASS_OPS_CUDA=0 DASS_OPS_EMULATED=0 DASS_OPS_LDFLAGS="-fsanitize=address,undefined" \
+	  DASS_OPS_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	  "$(PY)" setup.py build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	cp -R dass_ops/*.py $(SANITIZED)/dass_ops/ && cp -R tests pyproject.toml $(SANITIZED)/
+	python="$$(realpath -s "$$(command -v "$(PY)")")" && cd $(SANITIZED) && for set in avx512 avx2 scalar; do \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DASS_OPS_CPU=$$set OMP_NUM_THREADS=2 PYTHONPATH=. \
+	  "$$python" -m pytest -q -p no:cacheprovider -m "not slow" -k "cpu and not instruction_set" tests/ops || exit 1; done
 
 lint: ## ruff
 	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
