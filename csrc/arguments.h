@@ -62,6 +62,7 @@ struct Ss2dSizes {
   int64_t chunk = 0, chunks = 0;
   Dtype io = Dtype::float32;
   Dtype out = Dtype::float32;
+  bool channels_last = false;  // x, y and their gradients: (batch, H*W, channels) contiguous; only where a backend asks for it
 
   constexpr int64_t length() const { return height * width; }
   constexpr int64_t rows() const { return rank + 2 * state; }

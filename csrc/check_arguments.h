@@ -252,6 +252,11 @@ struct Ss2dInputs {
   const at::Tensor &x, &x_dbl, &dt_weight, &dt_bias, &A_logs, &Ds;
 };
 
+// Whether the channels of a map lie together, and not the map: then y and d_x do too on a CPU.
+inline bool is_channels_last(const at::Tensor& x) {
+  return x.dim() == 4 && !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 template <typename Arguments>
 struct PreparedSs2d {
   Arguments arguments;
@@ -265,12 +270,16 @@ struct PreparedSs2d {
     return fits ? tensor : tensor.contiguous();
   }
 
-  static Map map(at::Tensor& held, const at::Tensor& tensor) {
-    held = with_contiguous_map(tensor);
+  Map map(at::Tensor& held, const at::Tensor& tensor) const {
+    held = arguments.sizes.channels_last ? tensor.contiguous(at::MemoryFormat::ChannelsLast) : with_contiguous_map(tensor);
     return {data(held), held.stride(0), held.stride(1)};
   }
+  at::Tensor empty_map(at::ScalarType type) const {
+    return at::empty(x.sizes(), x.options().dtype(type),
+                     arguments.sizes.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  }
 
-  void fill_inputs(const Ss2dInputs& in, int64_t chunk, at::ScalarType out_dtype) {
+  void fill_inputs(const Ss2dInputs& in, int64_t chunk, at::ScalarType out_dtype, bool keep_layout) {
     auto& sizes = arguments.sizes;
     const auto io = in.x.scalar_type(), state = state_dtype(io);
     const auto device = in.x.device();
@@ -278,6 +287,7 @@ struct PreparedSs2d {
     TORCH_CHECK(in.A_logs.dim() == 2, "A_logs has shape ", in.A_logs.sizes(), "; expected (4 * channels, state).");
     TORCH_CHECK(in.dt_weight.dim() == 3, "dt_weight has shape ", in.dt_weight.sizes(), "; expected (4, channels, rank).");
     TORCH_CHECK(chunk >= 0, "chunk is ", chunk, "; expected a number of steps, or 0 to save no states.");
+    sizes.channels_last = keep_layout && is_channels_last(in.x);
     sizes.batch = in.x.size(0);
     sizes.channels = in.x.size(1);
     sizes.height = in.x.size(2);
@@ -314,12 +324,13 @@ struct Ss2dForwardCall {
   std::tuple<at::Tensor, at::Tensor> outputs() const { return {y, boundary_states}; }
 };
 
-inline Ss2dForwardCall prepare_ss2d_forward(const Ss2dInputs& in, int64_t chunk, at::ScalarType out_dtype) {
+inline Ss2dForwardCall prepare_ss2d_forward(const Ss2dInputs& in, int64_t chunk, at::ScalarType out_dtype,
+                                            bool keep_layout = false) {
   Ss2dForwardCall call;
   auto& arguments = call.prepared.arguments;
-  call.prepared.fill_inputs(in, chunk, out_dtype);
+  call.prepared.fill_inputs(in, chunk, out_dtype, keep_layout);
   const auto& sizes = arguments.sizes;
-  call.y = at::empty({sizes.batch, sizes.channels, sizes.height, sizes.width}, in.x.options().dtype(out_dtype));
+  call.y = call.prepared.empty_map(out_dtype);
   call.boundary_states = at::empty({sizes.batch, 4, sizes.channels, sizes.chunks, sizes.state},
                                    in.x.options().dtype(state_dtype(in.x.scalar_type())));
   arguments.y = call.y.mutable_data_ptr();
@@ -334,11 +345,11 @@ struct Ss2dBackwardCall {
 };
 
 inline Ss2dBackwardCall prepare_ss2d_backward(const at::Tensor& d_y, const Ss2dInputs& in, const at::Tensor& boundary_states,
-                                              int64_t chunk) {
+                                              int64_t chunk, bool keep_layout = false) {
   Ss2dBackwardCall call;
   auto& arguments = call.prepared.arguments;
   TORCH_CHECK(chunk > 0 || in.x.numel() == 0, "chunk is 0: the forward saved no states, so there is no backward.");
-  call.prepared.fill_inputs(in, chunk, d_y.scalar_type());
+  call.prepared.fill_inputs(in, chunk, d_y.scalar_type(), keep_layout);
   const auto& sizes = arguments.sizes;
   check_device(d_y, in.x.device(), "d_y");
   check_shape(d_y, in.x.sizes(), "d_y", "the shape of x");
@@ -348,7 +359,7 @@ inline Ss2dBackwardCall prepare_ss2d_backward(const at::Tensor& d_y, const Ss2dI
                  state_dtype(in.x.scalar_type()), in.x.device(), "boundary_states", "(batch, 4, channels, chunks, state)");
   arguments.boundary_states = call.prepared.boundary_states.get();
   const auto like = [&](const at::Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
-  call.d_x = like(in.x);
+  call.d_x = call.prepared.empty_map(in.x.scalar_type());
   call.d_x_dbl = like(in.x_dbl);
   call.d_dt_weight = like(in.dt_weight);
   call.d_dt_bias = like(in.dt_bias);

@@ -6,6 +6,8 @@ registers the same schemas under a suffixed name: `dass_ops::scan_forward_triton
 product itself instead of by a pass of its own.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -41,8 +43,8 @@ def define_family(suffix: str, implementations: dict | None = None) -> None:
                 _library.impl(name + suffix, implementations[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"dass_ops::scan_forward{suffix}", _fake_scan_forward, lib=_library)
     torch.library.register_fake(f"dass_ops::scan_backward{suffix}", _fake_scan_backward, lib=_library)
-    torch.library.register_fake(f"dass_ops::ss2d_forward{suffix}", _fake_ss2d_forward, lib=_library)
-    torch.library.register_fake(f"dass_ops::ss2d_backward{suffix}", _fake_ss2d_backward, lib=_library)
+    for name, fake in (("ss2d_forward", _fake_ss2d_forward), ("ss2d_backward", _fake_ss2d_backward)):
+        torch.library.register_fake(f"dass_ops::{name}{suffix}", partial(fake, suffix), lib=_library)
     _attach_scan_autograd(suffix)
     _attach_ss2d_autograd(suffix)
     _define_projected(suffix)
@@ -78,14 +80,22 @@ def _fake_scan_backward(
     )  # fmt: skip
 
 
-def _fake_ss2d_forward(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, *, chunk, out_dtype):
+def _empty_map(suffix: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map of x's shape: the kernels of the CPU leave channels last where x has them last, all others the map contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    keeps = last and not suffix and x.device.type == "cpu"
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last if keeps else torch.contiguous_format)
+
+
+def _fake_ss2d_forward(suffix, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, *, chunk, out_dtype):
     batch, channels, height, width = x.shape
     boundary = (batch, 4, channels, _chunks(height * width, chunk), A_logs.shape[1])
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(boundary, dtype=state_dtype(x.dtype))
+    return _empty_map(suffix, x, out_dtype), x.new_empty(boundary, dtype=state_dtype(x.dtype))
 
 
-def _fake_ss2d_backward(d_y, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, boundary_states, *, chunk):
-    return tuple(t.new_empty(t.shape) for t in (x, x_dbl, dt_weight, dt_bias, A_logs, Ds))
+def _fake_ss2d_backward(suffix, d_y, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, boundary_states, *, chunk):
+    others = (t.new_empty(t.shape) for t in (x_dbl, dt_weight, dt_bias, A_logs, Ds))
+    return _empty_map(suffix, x, x.dtype), *others
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------
@@ -149,7 +159,7 @@ def _define_projected(suffix: str) -> None:
         batch, _, height, width = x.shape
         x_dbl = x.new_empty((batch, 4, x_proj_weight.shape[1], height, width))
         y, boundary_states = _fake_ss2d_forward(
-            x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk=chunk, out_dtype=out_dtype
+            suffix, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk=chunk, out_dtype=out_dtype
         )
         return y, x_dbl, boundary_states
 
@@ -188,12 +198,17 @@ def project(x: Tensor, x_proj_weight: Tensor) -> Tensor:
 
 
 def project_backward(d_x, d_x_dbl, x, x_proj_weight):
-    """Adds W^T d_x_dbl to d_x in the product itself; returns d_x and the weight's gradient."""
+    """Adds W^T d_x_dbl to d_x in the product itself; returns d_x, laid out as it was, and the weight's gradient."""
     batch, channels, height, width = x.shape
     weight = x_proj_weight.to(x.dtype).reshape(1, -1, channels).expand(batch, -1, -1)
     rows = d_x_dbl.reshape(batch, weight.shape[1], height * width)
     with torch.autocast(x.device.type, enabled=False):
-        d_x = torch.baddbmm(d_x.reshape(batch, channels, height * width), weight.transpose(1, 2), rows).view(x.shape)
+        if d_x.is_contiguous():
+            d_x = torch.baddbmm(d_x.view(batch, channels, height * width), weight.transpose(1, 2), rows).view(x.shape)
+        else:  # channels last
+            positions = d_x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+            d_x = torch.baddbmm(positions, rows.transpose(1, 2), weight).view(batch, height, width, channels)
+            d_x = d_x.permute(0, 3, 1, 2)
         products = torch.bmm(rows, x.reshape(batch, channels, height * width).transpose(1, 2))
     d_weight = products.sum(0, dtype=state_dtype(x.dtype)).to(x_proj_weight.dtype)
     return d_x, d_weight.view(x_proj_weight.shape)

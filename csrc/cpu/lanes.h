@@ -91,6 +91,34 @@ inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channe
   lanes_to_rows(type, rows, stride, channels, n, fetch, [](int64_t, int64_t, float*, int64_t) {});
 }
 
+// Maps of `channels` <= W channels as lane tiles, and back. They lie in rows, `channel` elements apart (position == 1), or with the
+// channels side by side, `position` apart.
+template <typename Emit>
+inline void map_to_lanes(Dtype type, const void* map, int64_t channel, int64_t position, int64_t channels, int64_t n, Emit emit) {
+  if (position == 1) return rows_to_lanes(type, map, channel, channels, n, emit);
+  for (int64_t p = 0; p < n; ++p) {
+    const void* at = element(type, map, p * position);
+    __builtin_prefetch(element(type, at, 16 * position));
+    float lane[W];
+    if (type == Dtype::float32) {
+      const float* from = static_cast<const float*>(at);
+      emit(p, channels == W ? load(from) : load_part(from, static_cast<int>(channels)));
+    } else {
+      load_row(type, at, lane, channels, W);
+      emit(p, load(lane));
+    }
+  }
+}
+template <typename Fetch>
+inline void lanes_to_map(Dtype type, void* map, int64_t channel, int64_t position, int64_t channels, int64_t n, Fetch fetch) {
+  if (position == 1) return lanes_to_rows(type, map, channel, channels, n, fetch);
+  for (int64_t p = 0; p < n; ++p) {
+    float lane[W];
+    store(lane, fetch(p));
+    store_row(type, element(type, map, p * position), lane, channels);
+  }
+}
+
 // Column `row` of W rows of parameters, 0 for absent channels: one number for each lane.
 inline V lane_parameter(const float* data, int64_t stride, int64_t channels) {
   float lane[W] = {};

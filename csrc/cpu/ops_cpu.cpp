@@ -35,10 +35,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return call.outputs();
 }
 
+// The kernels for any size know one layout of a map.
+Tensor laid_out_as(const Tensor& x, const Tensor& map) {
+  return is_channels_last(x) ? map.contiguous(at::MemoryFormat::ChannelsLast) : map;
+}
+
 std::tuple<Tensor, Tensor> ss2d_forward(const Tensor& x, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
                                         const Tensor& A_logs, const Tensor& Ds, int64_t chunk, at::ScalarType out_dtype) {
-  const auto call = prepare_ss2d_forward({x, x_dbl, dt_weight, dt_bias, A_logs, Ds}, chunk, out_dtype);
-  if (!kernels().ss2d_forward(call.prepared.arguments)) ss2d_forward_any(call.prepared.arguments);
+  const Ss2dInputs inputs{x, x_dbl, dt_weight, dt_bias, A_logs, Ds};
+  auto call = prepare_ss2d_forward(inputs, chunk, out_dtype, true);
+  if (kernels().ss2d_forward(call.prepared.arguments)) return call.outputs();
+  call = prepare_ss2d_forward(inputs, chunk, out_dtype);
+  ss2d_forward_any(call.prepared.arguments);
+  call.y = laid_out_as(x, call.y);
   return call.outputs();
 }
 
@@ -47,8 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ss2d_backward(const T
                                                                          const Tensor& dt_bias, const Tensor& A_logs,
                                                                          const Tensor& Ds, const Tensor& boundary_states,
                                                                          int64_t chunk) {
-  const auto call = prepare_ss2d_backward(d_y, {x, x_dbl, dt_weight, dt_bias, A_logs, Ds}, boundary_states, chunk);
-  if (!kernels().ss2d_backward(call.prepared.arguments)) ss2d_backward_any(call.prepared.arguments);
+  const Ss2dInputs inputs{x, x_dbl, dt_weight, dt_bias, A_logs, Ds};
+  auto call = prepare_ss2d_backward(d_y, inputs, boundary_states, chunk, true);
+  if (kernels().ss2d_backward(call.prepared.arguments)) return call.outputs();
+  call = prepare_ss2d_backward(d_y, inputs, boundary_states, chunk);
+  ss2d_backward_any(call.prepared.arguments);
+  call.d_x = laid_out_as(x, call.d_x);
   return call.outputs();
 }
 

@@ -251,6 +251,7 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
   const int64_t map = plan.order.places() * W, blocks = plan.blocks;
   plan.packed.pack(f.x_dbl);
   const uint32_t* place = plan.order.of(0);
+  const int64_t position = sizes.channels_last ? D : 1, channel = sizes.channels_last ? 1 : L;
   // As in the forward: with few slabs each direction is a task of its own, and d_x the same to the bit.
   const bool split = sizes.batch * plan.slabs < thread_count();
   const Buffer apart(split ? 4 * sizes.batch * blocks * 4 * map : 0);
@@ -261,7 +262,7 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
     return sum;
   };
   const auto store_d_x = [&](int64_t b, int64_t d, int64_t channels, const float* d_x) {
-    lanes_to_rows(sizes.io, element(sizes.io, f.d_x, (b * D + d) * L), L, channels, L,
+    lanes_to_map(sizes.io, element(sizes.io, f.d_x, b * D * L + d * channel), channel, position, channels, L,
                   [&](int64_t p) { return load(d_x + place[p] * int64_t{W}); });
   };
   parallel(sizes.batch * plan.slabs * (split ? 4 : 1), [&](int64_t i) {
@@ -282,11 +283,11 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
       task.turned = take(W * (chunk + 16));
       task.weight = take(R * W), task.d_weight = take(R * W);
       task.mu = take(N * W), task.A = take(N * W), task.d_A = take(N * W);
-      rows_to_lanes(sizes.io, element(sizes.io, f.x.data, b * f.x.batch + d * f.x.channel), f.x.channel, channels, L,
+      map_to_lanes(sizes.io, element(sizes.io, f.x.data, b * f.x.batch + d * f.x.channel), f.x.channel, position, channels, L,
                     [&](int64_t p, V x) { store(task.x + place[p] * int64_t{W}, x); });
       const V skip = split ? all(0.0f) : skip_of(d, channels);
       V d_skip = all(0.0f);
-      rows_to_lanes(sizes.out, element(sizes.out, f.d_y.data, b * f.d_y.batch + d * f.d_y.channel), f.d_y.channel, channels, L,
+      map_to_lanes(sizes.out, element(sizes.out, f.d_y.data, b * f.d_y.batch + d * f.d_y.channel), f.d_y.channel, position, channels, L,
                     [&](int64_t p, V g) {
                       const int64_t at = place[p] * int64_t{W};
                       store(task.g + at, g);
@@ -304,7 +305,7 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
       const int64_t b = item / blocks, d = item % blocks * W, channels = smaller_of(W, D - d);
       float* d_x = apart.floats() + item * 4 * map;
       const V skip = skip_of(d, channels);
-      rows_to_lanes(sizes.out, element(sizes.out, f.d_y.data, b * f.d_y.batch + d * f.d_y.channel), f.d_y.channel, channels, L,
+      map_to_lanes(sizes.out, element(sizes.out, f.d_y.data, b * f.d_y.batch + d * f.d_y.channel), f.d_y.channel, position, channels, L,
                     [&](int64_t p, V g) {
                       const int64_t at = place[p] * int64_t{W};
                       V sum = g * skip;

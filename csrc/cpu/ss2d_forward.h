@@ -94,6 +94,7 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
     return element(sizes.io, f.x.data, b * f.x.batch + d * f.x.channel);
   };
   const uint32_t* place = order.of(0);
+  const int64_t position = sizes.channels_last ? D : 1, channel = sizes.channels_last ? 1 : L;
   const auto skips = [&](int64_t d, int64_t channels) {
     const float* Ds = static_cast<const float*>(f.Ds) + d;
     V sum = lane_parameter(Ds, 1, channels);
@@ -105,7 +106,7 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
     float* scratch = static_cast<float*>(thread_scratch(4 * ((split ? 1 : 2) * map + (3 * chunk + sizes.rank + 2 * N) * W)));
     float *x = scratch, *y = split ? apart.floats() + i * map : x + map, *v = split ? x + map : y + map;
     const Ss2dForwardTask task{f, packed, order, b, d, channels, x, y, split ? all(0.0f) : skips(d, channels), v, v + chunk * W, v + 2 * chunk * W, v + 3 * chunk * W};
-    rows_to_lanes(sizes.io, x_rows(b, d), f.x.channel, channels, L, [&](int64_t p, V value) {
+    map_to_lanes(sizes.io, x_rows(b, d), f.x.channel, position, channels, L, [&](int64_t p, V value) {
       store(x + place[p] * int64_t{W}, value);
     });
     for (int64_t k = split ? i % 4 : 0; k < (split ? i % 4 + 1 : 4); ++k) {
@@ -114,20 +115,20 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
       run(task, k);
     }
     if (split) return;
-    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
+    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   if (!split) return true;
   parallel(sizes.batch * blocks, [&](int64_t item) {
     const int64_t b = item / blocks, d = item % blocks * W, channels = smaller_of(W, D - d);
     float* y = apart.floats() + item * 4 * map;
     const V skip = skips(d, channels);
-    rows_to_lanes(sizes.io, x_rows(b, d), f.x.channel, channels, L, [&](int64_t p, V value) {
+    map_to_lanes(sizes.io, x_rows(b, d), f.x.channel, position, channels, L, [&](int64_t p, V value) {
       const int64_t at = place[p] * int64_t{W};
       V sum = value * skip;
       for (int k = 0; k < 4; ++k) sum = sum + load(y + k * map + at);
       store(y + at, sum);
     });
-    lanes_to_rows(sizes.out, element(sizes.out, f.y, (b * D + d) * L), L, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
+    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   return true;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dass_ops import bidirectional_scan, selective_scan, ss2d
+from dass_ops import bidirectional_scan, selective_scan, ss2d, ss2d_projected
 from dass_ops.backends import CHUNK, Backend
 
 from .cases import MapCase, ScanCase, check_map, check_scan, map_inputs, run_map, run_scan, scan_inputs
@@ -155,6 +155,33 @@ def test_maps_do_not_depend_on_threads(case, backend):
     """Few blocks of channels: each direction is a task of its own as soon as there are threads for it."""
     inputs = map_inputs(case, torch.float32)
     same([with_threads(n, lambda: run_map(ss2d, inputs, backend)) for n in (1, 2, 6, 6)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("function", [ss2d, ss2d_projected])
+def test_layout_of_maps(dtype, function, backend):
+    """Channels last in, channels last out, forward and backward, and the same numbers."""
+    case = MapCase(batch=2, channels=19, height=6, width=11, rank=3)
+    inputs = map_inputs(case, dtype, projected=function is ss2d_projected)
+    expected = run_map(function, inputs, backend)
+    inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
+    got = run_map(function, inputs, backend)
+    for name, t in got.items():
+        if name in ("y", "d_x"):
+            assert t.is_contiguous(memory_format=torch.channels_last) and expected[name].is_contiguous(), name
+        if function is ss2d:
+            assert torch.equal(t, expected[name]), name
+        else:  # products add up in another order
+            torch.testing.assert_close(t, expected[name], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+def test_fake_kernels_know_the_layout(backend):
+    inputs = map_inputs(MapCase(), torch.float32)
+    inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    options = {"chunk": CHUNK[backend], "out_dtype": torch.float32}
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.dass_ops.ss2d_forward.default, leaves, options, test_utils=tests)
 
 
 def same(runs) -> None:
