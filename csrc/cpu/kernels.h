@@ -1,5 +1,5 @@
 // The CPU kernels and what they share that is not arithmetic. No ATen here, and nothing that an instruction set's translation
-// unit could instantiate for others: see vector/README in README.md.
+// unit could instantiate for others: see README.md.
 #pragma once
 
 #include <cstddef>
