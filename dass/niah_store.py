@@ -130,14 +130,16 @@ class Store:
         else:
             self.protocol = json.loads(json.dumps(protocol))
             if path.is_file():
-                self._compare(read_json(path))
+                stored = read_json(path)
+                self._compare(stored)
+                self.protocol = {**stored, **self.protocol}  # a folder of speech that is not needed this time
             write_json(path, self.protocol)
         self.lines = self._read_lines()
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        different = [key for key in sorted({*stored, *self.protocol}) if stored.get(key) != self.protocol.get(key)]
+        different = [key for key in sorted({*stored} & {*self.protocol}) if stored[key] != self.protocol[key]]
         if different:
-            changes = "; ".join(f"{key} was {stored.get(key)!r}, is {self.protocol.get(key)!r}" for key in different)
+            changes = "; ".join(f"{key} was {stored[key]!r}, is {self.protocol[key]!r}" for key in different)
             raise StoreError(
                 f"{self.folder} holds results of another protocol ({changes[:500]}): choose another --out, or --restart"
             )

@@ -222,6 +222,14 @@ def test_a_torn_last_line_is_forgotten_and_another_protocol_refused(tmp_path):
         Store(tmp_path / "empty")
 
 
+def test_a_folder_of_sounds_matters_only_where_it_is_used(tmp_path):
+    Store(tmp_path, {**FIXED, "babble": "1"})
+    Store(tmp_path, FIXED)
+    with pytest.raises(StoreError, match="babble was '1', is '2'"):
+        Store(tmp_path, {**FIXED, "babble": "2"})
+    assert Store(tmp_path, {**FIXED, "recording": "3"}).protocol == {**Store(tmp_path).protocol, "babble": "1"}
+
+
 def test_groups_have_names_of_their_own():
     groups = [Group(m, s, h, snr) for m in ("a b", "a-b") for s in (1.0, 10.0) for h in ("x",) for snr in (None, 1.0)]
     assert len({group.id for group in groups}) == len(groups)
