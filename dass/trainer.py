@@ -120,9 +120,16 @@ class Trainer:
                     stop_on_signals(world_size() == 1) as stop,
                     self.log.progress("train", total, self.progress.step) as bar,
                 ):
-                    while self.progress.epoch < config.train.epochs and not self._out_of_patience():
-                        self._train_epoch(bar, stop)
-                        self._close_epoch(stop)
+                    try:
+                        while self.progress.epoch < config.train.epochs and not self._out_of_patience():
+                            self._train_epoch(bar, stop)
+                            self._close_epoch(stop)
+                    except RuntimeError as error:
+                        # A signal to the whole process group has ended the loader's workers too, of which torch tells in
+                        # the middle of anything: the run goes on from the last saved state.
+                        if not (stop and "DataLoader worker" in str(error)):
+                            raise
+                        raise TrainingStopped(f"stopped; the same command goes on with {self.folder}") from None
                 self._finish()
             finally:
                 self.log.close()
@@ -192,7 +199,7 @@ class Trainer:
         config, progress = self.config, self.progress
         timer = self.timer = StepTimer(self.parts.device)
         batches = self._begin_epoch()
-        while (losses := self._step_unless(stop, batches, timer)) is not None:
+        while (losses := self._step(batches, timer)) is not None:
             for name, value in losses.items():
                 progress.window[name] = progress.window.get(name, 0.0) + value
             progress.window["count"] = progress.window.get("count", 0) + 1
@@ -207,16 +214,6 @@ class Trainer:
                     raise TrainingStopped(
                         f"stopped at step {progress.step}; the same command goes on with {self.folder}"
                     )
-
-    def _step_unless(self, stop: StopRequest, batches: Iterator[Batch], timer: StepTimer) -> dict[str, float] | None:
-        """`_step`; where a signal to the whole process group has ended the loader's workers too, an orderly end."""
-        try:
-            return self._step(batches, timer)
-        except RuntimeError as error:
-            if not (stop and "DataLoader worker" in str(error)):
-                raise
-            # The step may be half done, so it is the last saved state that the run goes on from.
-            raise TrainingStopped(f"stopped; the same command goes on with {self.folder}") from None
 
     def _begin_epoch(self) -> Iterator[Batch]:
         loader = self._loader()

@@ -243,18 +243,19 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(tones, tmp_path):
     assert steps == list(range(1, 10))
 
 
-def test_ctrl_c_ends_the_workers_too_and_still_the_end_is_orderly(tones, tmp_path):
+@pytest.mark.parametrize("moment", ["_step", "_save_state"])
+def test_ctrl_c_ends_the_workers_too_and_still_the_end_is_orderly(tones, tmp_path, moment):
     config = tiny_config(tones, tmp_path / "run", train={"epochs": 3}, run={"checkpoint_seconds": 0.0})
     trainer = Trainer(config)
-    step = trainer._step
+    method = getattr(trainer, moment)
 
-    def interrupt(batches, timer):
-        if trainer.progress.step == 4:
+    def interrupt(*arguments):
+        if trainer.progress.step == (4 if moment == "_step" else 5):
             os.kill(os.getpid(), signal.SIGTERM)
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
-        return step(batches, timer)
+        return method(*arguments)
 
-    trainer._step = interrupt
+    setattr(trainer, moment, interrupt)
     with pytest.raises(TrainingStopped, match="the same command goes on"):
         trainer.fit()
     assert run_folder.read_progress(run_folder.newest_state(tmp_path / "run")).step == 4
