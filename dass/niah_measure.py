@@ -151,9 +151,11 @@ class Forecast:
 
 
 def describe_seconds(seconds: float) -> str:
-    """0.12 s, 45 s, 12 min, 3.4 h."""
+    """0.12 s, 45 s, 4.3 min, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -148,7 +148,7 @@ def draw_cost(lines: Sequence[dict]) -> Figure:
     from matplotlib.lines import Line2D
 
     figure, axes = _panels(2, 5.6, 3.8)
-    models = models_of(lines)
+    models, carried_on = models_of(lines), False
     for axis, key, scale in ((axes[0], "seconds", 1.0), (axes[1], "peak_memory", 2.0**-30)):
         ends: list[tuple[float, str, str]] = []
         for number, model in enumerate(models):
@@ -163,6 +163,7 @@ def draw_cost(lines: Sequence[dict]) -> Figure:
                     continue
                 axis.plot([seconds[-1], LONGEST], [value[-1] * scale, last * scale], ":", color=color)
                 axis.plot(LONGEST, last * scale, "o", color=color, markerfacecolor="white")
+                carried_on = True
             text = describe_seconds(last) if key == "seconds" else f"{last * scale:.3g} GiB"
             ends.append((last * scale, text, color))
         title = "time of a pass" if key == "seconds" else "peak memory beyond model and input [GiB]"
@@ -176,9 +177,10 @@ def draw_cost(lines: Sequence[dict]) -> Figure:
         axis.grid(alpha=0.25)
         _write_ends(axis, ends)
     shown = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    shown["expected at 2.5 h: the trend of the last two lengths"] = Line2D(
-        [], [], color="grey", linestyle=":", marker="o", markerfacecolor="white"
-    )
+    if carried_on:
+        shown["expected at 2.5 h: the trend of the last two lengths"] = Line2D(
+            [], [], color="grey", linestyle=":", marker="o", markerfacecolor="white"
+        )
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 3), fontsize=8)
     return figure
 
@@ -276,7 +278,7 @@ def _draw_published(axis: Axes) -> None:
             marker=marker,
             markerfacecolor="none",
             color="black",
-            label=f"published: {model} on AudioSet",
+            label=f"published: {model} on AudioSet, of its 10 s",
         )
         for point in points:
             if point.at_most:

@@ -43,7 +43,8 @@ def write_report(folder: Path | str) -> Path:
         raise StoreError(f"{folder} holds no finished cell yet: nothing to report")
     pictures = {"retention": (to_png(draw_retention(lines)), "What is kept of the score as the input grows")}
     for model in order:
-        pictures[f"heat-{model}"] = to_png(draw_heat_maps(model, lines)), f"{model}: mAP over length and position"
+        caption = f"{model}: mAP over length and position; grey: not run, or failed as named"
+        pictures[f"heat-{model}"] = to_png(draw_heat_maps(model, lines)), caption
     pictures["cost"] = to_png(draw_cost(lines)), "Cost of a pass, and where the trend leads at 2.5 hours"
     for name, (png, _) in pictures.items():
         safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
