@@ -193,7 +193,7 @@ DASS_DEVICE void scan_forward_walk(const ScanForwardWork& work, int64_t b, int64
 constexpr int kForwardWarps = 4;
 
 template <typename T, bool kSummary>
-__global__ void __launch_bounds__(kForwardWarps * kWarp, kSummary ? 6 : 4) scan_forward_kernel(const ScanForwardWork work) {
+__global__ void __launch_bounds__(kForwardWarps * kWarp, kSummary ? 5 : 4) scan_forward_kernel(const ScanForwardWork work) {
   using S = State<T>;
   const ScanSizes& sizes = work.call.sizes;
   const bool all_directions = sizes.shared && !kSummary;
