@@ -162,7 +162,14 @@ def extensions():
     modules.append(build_info)
 
     class Build(BuildExtension):
-        """torch's builder, which says at the end what it built."""
+        """torch's builder, which says at the end what it built and, installed with -e, keeps the objects."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            if ROOT not in Path(self.build_temp).resolve().parents:  # -e: a folder that would be gone after the build
+                self.build_temp = str(
+                    ROOT / "build" / f"editable.{sys.implementation.cache_tag}-torch{torch.__version__}"
+                )
 
         def run(self):
             super().run()
