@@ -11,7 +11,8 @@ constexpr int64_t fewest_lanes = W / 2;  // with fewer channels in a block the l
 constexpr int64_t lane_tile = 64;        // steps: step sizes, inputs, outputs, B and C of these stay in the first-level cache
 
 bool lanes_fit(const ScanSizes& sizes, const Projection& B, const Projection& C) {
-  return sizes.state > 1 && sizes.chunk % lane_tile == 0 && !B.constant && !C.constant && sizes.channels / units_of(B, C) >= fewest_lanes;
+  return sizes.state > 1 && sizes.chunk % lane_tile == 0 && !B.constant && !C.constant &&
+         sizes.channels / units_of(B, C) >= fewest_lanes;
 }
 
 struct PackedProjections {

@@ -12,24 +12,6 @@
 namespace dass::cpu {
 namespace {
 
-int64_t lowest_common_multiple(int64_t a, int64_t b) {
-  int64_t x = a, y = b;
-  while (y != 0) {
-    const int64_t rest = x % y;
-    x = y;
-    y = rest;
-  }
-  return a / x * b;
-}
-
-// A unit is a run of channels that share B and C; it is split further where there are few, by shapes alone.
-inline int64_t units_of(const Projection& B, const Projection& C) {
-  return lowest_common_multiple(B.constant ? 1 : B.groups, C.constant ? 1 : C.groups);
-}
-inline int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
-  return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
-}
-
 struct RowBackwardPlan {
   const ScanBackward& f;
   const ScanSizes& sizes;
@@ -67,43 +49,6 @@ struct alignas(64) RowBackwardScratch {
       y[row_tile], spare[row_tile];
   float constant_B[block], constant_C[block];
 };
-
-// A stretch of a row, block by block as runs.
-struct TurnedRow {
-  Dtype type;
-  const void* at;
-
-  TurnedRow(Dtype type, const void* row, int64_t begin, int64_t n, int64_t padded, float* spare, float pad = 0.0f)
-      : type(type), at(element(type, row, begin)) {
-    if (n == padded) return;
-    load_row(type, at, spare, n, padded);
-    for (int64_t i = n; i < padded; ++i) spare[i] = pad;
-    this->type = Dtype::float32;
-    at = spare;
-  }
-  Block operator()(int64_t i) const {
-    if (type == Dtype::float32) return Block::at(static_cast<const float*>(at) + i).turned();
-    const uint16_t* p = static_cast<const uint16_t*>(at) + i;
-    Block r;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) r.v[j] = type == Dtype::bfloat16 ? load_bfloat16(p + j * W) : load_float16(p + j * W);
-    return r.turned();
-  }
-};
-
-// The other way: runs, block by block, to a stretch of n elements.
-inline void store_turned(Dtype type, void* row, int64_t begin, int64_t n, int64_t padded, float* from, bool streamed) {
-  if (type == Dtype::float32 && n == padded) {
-    float* to = static_cast<float*>(row) + begin;
-    for (int64_t i = 0; i < n; i += block) {
-      const Block natural = Block::at(from + i).turned();
-      streamed ? natural.stream_to(to + i) : natural.to(to + i);
-    }
-  } else {
-    for (int64_t i = 0; i < padded; i += block) Block::at(from + i).turned().to(from + i);
-    store_row(type, element(type, row, begin), from, n);
-  }
-}
 
 // B or C of a task for one state of a tile, and its gradient: rows as runs, or one block that serves every place.
 struct TurnedProjection {
@@ -390,34 +335,6 @@ void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t un
     plan.d_D.floats()[sequence] = sum_of_lanes(load(memory.d_D(c)));
     plan.d_bias.floats()[sequence] = sum_of_lanes(load(memory.d_bias(c)));
   }
-}
-
-inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t n) {
-  float* sum = static_cast<float*>(to);
-  for (int64_t i = 0; i < n; ++i) {
-    float total = 0.0f;
-    for (int64_t b = 0; b < batch; ++b) total += from.floats()[b * n + i];
-    sum[i] = total;
-  }
-}
-
-// d_B or d_C from the slabs, of which `per_group` lie side by side for each group.
-void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, const Buffer& slabs, void* to) {
-  const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
-  if (p.constant) return add_over_batch(slabs, to, sizes.batch, K * sizes.channels * N);
-  parallel(sizes.batch * K * G * N, [&](int64_t i) {
-    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
-    float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
-    for (int64_t begin = 0; begin < L; begin += row_tile) {
-      const int64_t n = smaller_of(row_tile, L - begin);
-      for (int64_t l = 0; l < n; l += W) {
-        V total = load(first + begin + l);
-        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);
-        store(sum + l, total);
-      }
-      store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
-    }
-  });
 }
 
 bool scan_backward_rows(const ScanBackward& f) {

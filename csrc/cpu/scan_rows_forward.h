@@ -153,7 +153,8 @@ void forward_row(const RowChannel& c, RowForwardScratch& s) {
     if (shared) {
       float* sum = c.sum + begin;
       if (!c.first)
-        for (int64_t i = 0; i < n; i += W) store(s.y + i, load(s.y + i) + load_part(sum + i, static_cast<int>(smaller_of(W, n - i))));
+        for (int64_t i = 0; i < n; i += W)
+          store(s.y + i, load(s.y + i) + load_part(sum + i, static_cast<int>(smaller_of(W, n - i))));
       if (!c.last) {
         store_row(Dtype::float32, sum, s.y, n);
         continue;

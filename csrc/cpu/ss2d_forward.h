@@ -105,7 +105,8 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
     const int64_t item = split ? i / 4 : i, b = item / blocks, d = item % blocks * W, channels = smaller_of(W, D - d);
     float* scratch = static_cast<float*>(thread_scratch(4 * ((split ? 1 : 2) * map + (3 * chunk + sizes.rank + 2 * N) * W)));
     float *x = scratch, *y = split ? apart.floats() + i * map : x + map, *v = split ? x + map : y + map;
-    const Ss2dForwardTask task{f, packed, order, b, d, channels, x, y, split ? all(0.0f) : skips(d, channels), v, v + chunk * W, v + 2 * chunk * W, v + 3 * chunk * W};
+    const Ss2dForwardTask task{f, packed, order, b, d, channels, x, y, split ? all(0.0f) : skips(d, channels),
+                               v, v + chunk * W, v + 2 * chunk * W, v + 3 * chunk * W};
     map_to_lanes(sizes.io, x_rows(b, d), f.x.channel, position, channels, L, [&](int64_t p, V value) {
       store(x + place[p] * int64_t{W}, value);
     });
@@ -115,7 +116,8 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
       run(task, k);
     }
     if (split) return;
-    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
+    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L,
+                 [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   if (!split) return true;
   parallel(sizes.batch * blocks, [&](int64_t item) {
@@ -128,7 +130,8 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
       for (int k = 0; k < 4; ++k) sum = sum + load(y + k * map + at);
       store(y + at, sum);
     });
-    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L, [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
+    lanes_to_map(sizes.out, element(sizes.out, f.y, b * D * L + d * channel), channel, position, channels, L,
+                 [&](int64_t p) { return load(y + place[p] * int64_t{W}); });
   });
   return true;
 }

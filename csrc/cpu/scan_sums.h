@@ -1,0 +1,55 @@
+// Sums over channels and over the batch: units of channels that share B and C, and the slabs that tasks leave of d_B and d_C, which
+// are added in order.
+#pragma once
+
+namespace dass::cpu {
+namespace {
+
+inline int64_t lowest_common_multiple(int64_t a, int64_t b) {
+  int64_t x = a, y = b;
+  while (y != 0) {
+    const int64_t rest = x % y;
+    x = y;
+    y = rest;
+  }
+  return a / x * b;
+}
+
+// A unit is a run of channels that share B and C; it is split further where there are few, by shapes alone.
+inline int64_t units_of(const Projection& B, const Projection& C) {
+  return lowest_common_multiple(B.constant ? 1 : B.groups, C.constant ? 1 : C.groups);
+}
+inline int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
+  return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
+}
+
+inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t n) {
+  float* sum = static_cast<float*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    float total = 0.0f;
+    for (int64_t b = 0; b < batch; ++b) total += from.floats()[b * n + i];
+    sum[i] = total;
+  }
+}
+
+// d_B or d_C from the slabs, of which `per_group` lie side by side for each group.
+inline void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, const Buffer& slabs, void* to) {
+  const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
+  if (p.constant) return add_over_batch(slabs, to, sizes.batch, K * sizes.channels * N);
+  parallel(sizes.batch * K * G * N, [&](int64_t i) {
+    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
+    float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
+    for (int64_t begin = 0; begin < L; begin += row_tile) {
+      const int64_t n = smaller_of(row_tile, L - begin);
+      for (int64_t l = 0; l < n; l += W) {
+        V total = load(first + begin + l);
+        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);
+        store(sum + l, total);
+      }
+      store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace dass::cpu
