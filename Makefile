@@ -46,7 +46,7 @@ sanitize: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorS
 	  "$(PY)" setup.py build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	cp -R dass_ops/*.py $(SANITIZED)/dass_ops/ && cp -R tests pyproject.toml $(SANITIZED)/
 	python="$$(realpath -s "$$(command -v "$(PY)")")" && cd $(SANITIZED) && for set in avx512 avx2 scalar; do \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DASS_OPS_CPU=$$set OMP_NUM_THREADS=2 PYTHONPATH=. \
 	  "$$python" -m pytest -q -p no:cacheprovider -m "not slow" -k "cpu and not instruction_set" tests/ops || exit 1; done
 
