@@ -68,12 +68,12 @@ def run_arm(config: TrainConfig, folder: Path, seed: int, distilled: bool) -> di
     return {name: last[name] for name in FIGURES if name in last}
 
 
-def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (over seeds, n - 1) of each figure."""
+def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation (over seeds, n - 1; None of one seed) of each figure."""
     return {
         name: {
             "mean": statistics.fmean(row[name] for row in rows),
-            "standard_deviation": statistics.stdev(row[name] for row in rows) if len(rows) > 1 else 0.0,
+            "standard_deviation": statistics.stdev(row[name] for row in rows) if len(rows) > 1 else None,
         }
         for name in rows[0]
     }
@@ -133,7 +133,11 @@ def main() -> int:
     print(f"\n{options.corpus}, {options.seeds} seeds, {config.train.epochs} epochs, {options.loss}, w = {weight:g}")
     print(f"{'':<14}" + "".join(f"{name.replace('_', ' '):>22}" for name in names))
     for arm, figures in table.items():
-        cells = (f"{figures[name]['mean']:.4f} +- {figures[name]['standard_deviation']:.4f}" for name in names)
+        cells = (
+            f"{found['mean']:.4f}"
+            + ("" if found["standard_deviation"] is None else f" +- {found['standard_deviation']:.4f}")
+            for found in (figures[name] for name in names)
+        )
         print(f"{arm:<14}" + "".join(f"{cell:>22}" for cell in cells))
     if options.json:
         about = {
