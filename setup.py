@@ -98,7 +98,7 @@ def extensions():
         CppExtension(
             "dass_ops._C",
             ["csrc/schema.cpp", *sources("csrc/cpu")],
-            include_dirs=include,
+            include_dirs=[*include],
             extra_compile_args={"cxx": cpu},
             extra_link_args=link,
             depends=headers,
@@ -110,8 +110,8 @@ def extensions():
             CppExtension(
                 "dass_ops._emulated",
                 sources("csrc/emulation"),
-                include_dirs=include,
-                extra_compile_args={"cxx": common},
+                include_dirs=[*include],
+                extra_compile_args={"cxx": [*common]},
                 extra_link_args=link,
                 depends=headers,
             )
@@ -126,9 +126,9 @@ def extensions():
             CUDAExtension(
                 "dass_ops._cuda",
                 sources("csrc/cuda"),
-                include_dirs=include,
+                include_dirs=[*include],
                 extra_compile_args={
-                    "cxx": common,
+                    "cxx": [*common],
                     "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"],
                 },
                 depends=headers,
@@ -156,7 +156,7 @@ def extensions():
         ["csrc/build_info.cpp"],
         include_dirs=[get_include()],
         define_macros=macros,
-        extra_compile_args={"cxx": common},
+        extra_compile_args={"cxx": [*common]},
     )
     build_info.libraries, build_info.library_dirs = [], []  # it must load whatever torch is there
     modules.append(build_info)
