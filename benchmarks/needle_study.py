@@ -167,11 +167,30 @@ def summarise(folder: Path, corpus: str) -> Path:
     learnt = {}
     for name in ("dass", "ast"):
         records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        learnt[name] = max((r for r in records if "accuracy" in r), key=lambda record: record["accuracy"])
+        final = next(record for record in reversed(records) if record["event"] == "final")
+        learnt[name] = {key: round(final[key], 4) for key in ("step", "epoch", "accuracy", "map")}
     path = RESULTS / f"needle-{corpus}.json"
-    write_json(path, {"machine": environment["machine"], "trained": learnt, "cells": rows})
+    write_json(
+        path, {"machine": environment["machine"], "trained": learnt, "cells": rows, "cost": costs(folder.parent)}
+    )
     print(table(rows))
     return path
+
+
+def costs(out: Path) -> list[dict]:
+    """Seconds and MiB of a pass of DASS-small in every folder of `cost`, measured alone on the machine."""
+    from dass.checkpoint import read_json
+    from dass.niah_store import OK, Store
+
+    found = []
+    for folder in sorted(out.glob("needle-cost*")):
+        configuration = read_json(folder / "environment.json")["configuration"]
+        for line in Store(folder).lines.values():
+            if line["status"] == OK:
+                cost = {"seconds": round(line["seconds"], 3), "peak_memory_mib": round(line["peak_memory"] / 2**20)}
+                keys = {"model": line["model"], "precision": configuration["precision"], "length": line["length"]}
+                found.append(keys | cost)
+    return found
 
 
 def table(rows: list[dict]) -> str:
@@ -181,6 +200,8 @@ def table(rows: list[dict]) -> str:
     lengths = [length for length in sorted({row["length"] for row in rows}) if length > 0]
     lines = ["| haystack | model | " + " | ".join(describe_length(length) for length in lengths) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(lengths))
+    best = max(row.get("map") or 0.0 for row in rows)
+    chance = {row["length"]: row["chance"] / best for row in rows if row.get("chance") is not None}
     cells = {(row["haystack"], row["model"], row["length"]): row for row in rows}
     for haystack in HAYSTACKS:
         for model in dict.fromkeys(row["model"] for row in rows):
@@ -190,6 +211,7 @@ def table(rows: list[dict]) -> str:
                 kept = row.get("retention") if row else None
                 texts.append("" if row is None else row["status"] if kept is None else f"{100 * kept:.0f}")
             lines.append(f"| {haystack} | {model} | " + " | ".join(texts) + " |")
+    lines.append("| by chance | | " + " | ".join(f"{100 * chance.get(length, 0):.0f}" for length in lengths) + " |")
     return "\n".join(lines)
 
 
