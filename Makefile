@@ -48,7 +48,8 @@ sanitize: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorS
 	python="$$(realpath -s "$$(command -v "$(PY)")")" && cd $(SANITIZED) && for set in avx512 avx2 scalar; do \
 	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DASS_OPS_CPU=$$set OMP_NUM_THREADS=2 PYTHONPATH=. \
-	  "$$python" -m pytest -q -p no:cacheprovider -m "not slow" -k "cpu and not instruction_set" tests/ops || exit 1; done
+	  "$$python" -m pytest -q -p no:cacheprovider -m "not slow" -k "cpu and not instruction_set" \
+	  $(foreach t,selective_scan bidirectional_scan ss2d cpu,tests/ops/test_$(t).py) || exit 1; done
 
 lint: ## ruff
 	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
