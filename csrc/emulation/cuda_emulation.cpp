@@ -102,17 +102,23 @@ struct Stacks {  // kept from launch to launch
 
   void reserve(size_t wanted) {
     if (wanted <= count) return;
-    if (memory) munmap(memory, count * kStack);
-    count = 0;
+    release();
     void* got = mmap(nullptr, wanted * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) throw std::bad_alloc();
     memory = static_cast<char*>(got);
     count = wanted;
     for (size_t i = 0; i < count; ++i) mprotect(memory + i * kStack, kGuard, PROT_NONE);
   }
-  ~Stacks() {
-    if (memory) munmap(memory, count * kStack);
+  void release() {
+    if (!memory) return;
+#if DASS_SANITIZE_ADDRESS
+    __asan_unpoison_memory_region(memory, count * kStack);  // whoever gets these addresses next does not know of fibers
+#endif
+    munmap(memory, count * kStack);
+    memory = nullptr;
+    count = 0;
   }
+  ~Stacks() { release(); }
 };
 
 struct Scheduler {
