@@ -2,8 +2,8 @@
 
     python csrc/emulation/sanitize.py [pytest arguments]
 
-Compiles the emulation (with GCC, some minutes on two cores) into build/sanitized, beside copies of the rest of dass_ops and of
-the tests, and runs them there. The package must have been built before.
+Compiles the emulation (with GCC, some minutes on two cores) into build/sanitized, beside copies of the rest of dass_ops and
+of the tests, and runs them there. The package must have been built before.
 """
 
 import os
