@@ -129,11 +129,21 @@ def half_kept(lines: Sequence[dict], model: str, panel) -> str:
         return "no result"
     if not kept:
         return "none"
-    text = f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %)"
+    text = (
+        f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %; {_top1_at(lines, model, panel, kept[-1][0])})"
+    )
     if len(kept) < len(points):
         return text
     failed = [line["status"] for line in failures(lines, model, panel) if line["input_seconds"] > kept[-1][0]]
     return f"{text}, then {failed[0]}" if failed else f"≥ {text}"
+
+
+def _top1_at(lines: Sequence[dict], model: str, panel, seconds: float) -> str:
+    """What is decided at that length, in the mean over positions."""
+    wanted = (model, panel.haystack, panel.snr, seconds, OK)
+    keys = ("model", "haystack", "snr", "input_seconds", "status")
+    shares = [line["top1"] for line in lines if tuple(line[key] for key in keys) == wanted and line["top1"] is not None]
+    return f"top-1 {100 * sum(shares) / len(shares):.0f} %" if shares else "no top-1"
 
 
 def _summary(lines: Sequence[dict]) -> str:
@@ -147,7 +157,8 @@ def _summary(lines: Sequence[dict]) -> str:
     )
     return (
         '<p class="note">Longest input tested up to which at least half of the shortest input\'s mAP is kept, in the mean '
-        f"over positions (and what is kept there); ≥: at every length tested.</p>"
+        "over positions (and what is kept there, and how often the highest score is the needle's); ≥: at every length. "
+        "mAP ranks inputs that share their haystack, so that it can stay high where the decision is lost.</p>"
         f'<div class="scroll"><table><thead><tr><th class="text">model</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
