@@ -56,7 +56,7 @@ def check_resources(records, capability):
     for record in records:
         assert 0 < record["registers"] <= 255, record
         assert record["shared"] <= SHARED_MEMORY[capability], record
-        if record["state"] == 1:  # two walks in one program: ptxas prefers two registers less, on one architecture or the other
+        if record["state"] == 1:  # ptxas saves two registers on one architecture or the other in two walks
             assert record["spilled"] <= (8 if record["case"].startswith("bidirectional") else 0), record
     assert {r["kernel"] for r in records} == {
         "scan_forward_kernel", "scan_backward_kernel", "map_forward_kernel", "map_backward_kernel",
