@@ -27,8 +27,9 @@ help: ## what the targets do
 demo: setup ## set up, then train a teacher, distil DASS-tiny from it and tag with the result (about three minutes)
 	"$(PY)" -m dass.train
 
-test: emulation ## set up, then the test-suite without the slow tests
+test: emulation ## set up, then the test-suite without the slow tests, the emulated CUDA kernels in both thread orders
 	$(PYTEST) -m "not slow" tests
+	DASS_OPS_EMULATION_ORDER=reverse $(PYTEST) -q -m "not slow" -k emulated tests/ops --ignore tests/ops/test_emulation.py
 
 test-slow: emulation ## the slow tests
 	$(PYTEST) -m slow tests
