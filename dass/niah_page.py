@@ -141,8 +141,8 @@ def half_kept(lines: Sequence[dict], model: str, panel) -> str:
 def _top1_at(lines: Sequence[dict], model: str, panel, seconds: float) -> str:
     """What is decided at that length, in the mean over positions."""
     wanted = (model, panel.haystack, panel.snr, seconds, OK)
-    keys = ("model", "haystack", "snr", "input_seconds", "status")
-    shares = [line["top1"] for line in lines if tuple(line[key] for key in keys) == wanted and line["top1"] is not None]
+    keys = ("model", "haystack", "snr", "input_seconds", "status")  # a cell that failed may have no length
+    shares = [line["top1"] for line in lines if tuple(map(line.get, keys)) == wanted and line["top1"] is not None]
     return f"top-1 {100 * sum(shares) / len(shares):.0f} %" if shares else "no top-1"
 
 

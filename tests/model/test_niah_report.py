@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dass.niah_page import build_page
 from dass.niah_report import write_report
+from dass.niah_store import Store
 from tests.model.niah_tones import hear, hear_beginning, run_grid
 
 
@@ -96,3 +98,13 @@ def test_the_page_is_one_file_and_says_what_was_published(report):
     assert "hears &lt;all&gt;" in page and "<all>" not in page
     assert "model card" in page and "at most 12 %" in page
     assert page.count("data:image/png;base64,") == 4
+
+
+def test_a_cell_that_failed_before_its_length_was_known_is_in_the_page(report):
+    """And what is kept stands beside what is decided, in the mean over positions."""
+    lines = list(Store(report.parent).lines.values())
+    good = next(line for line in lines if line["model"] == "hears <all>")
+    known = ("model", "haystack", "snr", "length", "position")
+    failed = {key: good[key] for key in known} | {"status": "killed", "error": "by SIGKILL"}
+    page = build_page([*lines, failed], {}, {}, {})
+    assert "killed: by SIGKILL" in page and "(100 %; top-1 100 %)" in page
