@@ -65,6 +65,7 @@ class Run:
         log = FOLDER / f"{self.name}.log"
         paths = [str(PEERS / "modules"), str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
         known = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | environment
+        known = {k: v for k, v in known.items() if not k.startswith("PYTEST_")}  # a run of its own, also below another
         begin = time.monotonic()
         with log.open("a") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")

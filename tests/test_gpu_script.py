@@ -96,7 +96,7 @@ def test_outcomes_of_tests_are_recorded_one_by_one(folder):
         "def test_cuda_skipped(): pytest.skip('no reason')\ndef test_cuda_slow(): time.sleep(600)\ndef test_other(): pass\n"
     )
     run = gpu.tests("cuda", str(folder / "test_some.py"), workers=0)
-    outcome = run(gpu.Run("9.0", 30, "cuda"))  # seconds: time for a busy machine to come to the slow test
+    outcome = run(gpu.Run("9.0", 20, "cuda"))  # seconds: time for a busy machine to come to the slow test
     assert outcome.status == "stopped" and outcome.details["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     good, bad, skipped = outcome.details["tests"]
     assert good["test"].endswith("test_cuda_good") and "1 == 2" in bad["message"] and "no reason" in skipped["message"]
