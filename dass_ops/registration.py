@@ -9,12 +9,11 @@ product itself instead of by a pass of its own.
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 from . import loading
 
-_library = Library("dass_ops", "FRAGMENT")
+_library = library.Library("dass_ops", "FRAGMENT")
 OPERATORS = ("scan_forward", "scan_backward", "ss2d_forward", "ss2d_backward")
 PROJECTED = (
     "(Tensor x, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_logs, Tensor Ds, *, int chunk, "
@@ -41,10 +40,10 @@ def define_family(suffix: str, implementations: dict | None = None) -> None:
             _library.define(f"{name}{suffix}({arguments}")
             if implementations:
                 _library.impl(name + suffix, implementations[name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dass_ops::scan_forward{suffix}", _fake_scan_forward, lib=_library)
-    torch.library.register_fake(f"dass_ops::scan_backward{suffix}", _fake_scan_backward, lib=_library)
+    library.register_fake(f"dass_ops::scan_forward{suffix}", _fake_scan_forward, lib=_library)
+    library.register_fake(f"dass_ops::scan_backward{suffix}", _fake_scan_backward, lib=_library)
     for name, fake in (("ss2d_forward", _fake_ss2d_forward), ("ss2d_backward", _fake_ss2d_backward)):
-        torch.library.register_fake(f"dass_ops::{name}{suffix}", partial(fake, suffix), lib=_library)
+        library.register_fake(f"dass_ops::{name}{suffix}", partial(fake, suffix), lib=_library)
     _attach_scan_autograd(suffix)
     _attach_ss2d_autograd(suffix)
     _define_projected(suffix)
@@ -119,9 +118,7 @@ def _attach_scan_autograd(suffix: str) -> None:
         )
         return tuple(g if t is not None else None for g, t in zip(gradients, inputs, strict=True))
 
-    torch.library.register_autograd(
-        f"dass_ops::scan_forward{suffix}", backward, setup_context=setup_context, lib=_library
-    )
+    library.register_autograd(f"dass_ops::scan_forward{suffix}", backward, setup_context=setup_context, lib=_library)
 
 
 def _attach_ss2d_autograd(suffix: str) -> None:
@@ -137,9 +134,7 @@ def _attach_ss2d_autograd(suffix: str) -> None:
             return (None,) * 6
         return operator("ss2d_backward", suffix)(d_y.to(ctx.out_dtype), *ctx.saved_tensors, chunk=ctx.chunk)
 
-    torch.library.register_autograd(
-        f"dass_ops::ss2d_forward{suffix}", backward, setup_context=setup_context, lib=_library
-    )
+    library.register_autograd(f"dass_ops::ss2d_forward{suffix}", backward, setup_context=setup_context, lib=_library)
 
 
 # -- ss2d with its projection ------------------------------------------------------------------------------------------
@@ -184,8 +179,8 @@ def _define_projected(suffix: str) -> None:
 
     _library.define(name + PROJECTED)
     _library.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dass_ops::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"dass_ops::{name}", backward, setup_context=setup_context, lib=_library)
+    library.register_fake(f"dass_ops::{name}", fake, lib=_library)
+    library.register_autograd(f"dass_ops::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def project(x: Tensor, x_proj_weight: Tensor) -> Tensor:
