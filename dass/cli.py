@@ -66,12 +66,12 @@ def parse(arguments: Sequence[str] | None = None) -> ParsedCommand:
             description=f"{TrainCommand.__doc__}\n\nPresets: {', '.join(preset_names())}. Shown are the defaults of: "
             f"{recipe}.",
         )
+        settings = command.settings
+        if command.backend is not None:
+            settings = replace(settings, model=replace(settings.model, backend=command.backend))
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    settings = command.settings
-    if command.backend is not None:
-        settings = replace(settings, model=replace(settings.model, backend=command.backend))
     return ParsedCommand(settings, recipe, command.print_config, command.profile)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dass.audio import LogMelConfig
 from dass.manifest import LabelClass
+from dass_ops import Backend
 
 if TYPE_CHECKING:
     from dass.model import DASS
@@ -36,6 +37,11 @@ class StudentConfig:
     """Run the model through torch.compile: slow first steps, faster ones afterwards."""
     backend: str | None = None
     """Implementation of the scan (cpu, cuda, triton, emulated, reference); none: the device's fastest."""
+
+    def __post_init__(self):
+        names = [backend.value for backend in Backend]
+        if self.backend is not None and self.backend not in names:
+            raise ValueError(f"model.backend is {self.backend!r}; expected one of {', '.join(names)}")
 
 
 def prescribed_front_end(config: StudentConfig) -> LogMelConfig | None:

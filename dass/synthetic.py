@@ -360,7 +360,11 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(ExamplesConfig)
-    for path in write_examples(config.out, config.seed):
+    try:
+        written = write_examples(config.out, config.seed)
+    except OSError as error:
+        raise SystemExit(f"--out {config.out} cannot be written: {error.strerror}; name another folder") from error
+    for path in written:
         event = next((event for event in EVENTS if event.make.__name__ == path.stem), None)
         print(f"{path}: {event.make.__doc__ if event else 'a clip of the corpus'}")
 

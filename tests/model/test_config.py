@@ -151,3 +151,10 @@ def test_every_field_is_documented():
 def test_update_keeps_the_original():
     config = TrainConfig()
     assert update_config(config, {"train": {"epochs": 3}}).train.epochs == 3 and config.train.epochs == 25
+
+
+def test_an_unknown_backend_is_named_before_anything_is_trained():
+    from dass.student import StudentConfig
+
+    with pytest.raises(ValueError, match="model.backend is 'foo'; expected one of cpu, cuda"):
+        StudentConfig(backend="foo")
