@@ -220,7 +220,7 @@ def run_grid(config: NiahConfig, attempt_file: Path | None = None, quiet: bool =
         fewest_needles=config.fewest_needles,
         bootstrap=config.bootstrap,
     )
-    # What may differ between two starts of one test: more models, lengths, haystacks and SNRs only add cells.
+    # What may differ between two starts of one test: more models, lengths, haystacks, SNRs and needles only add.
     fixed = {
         "needles": needles.origin,
         "needles_identity": needles.identity(),
@@ -228,8 +228,6 @@ def run_grid(config: NiahConfig, attempt_file: Path | None = None, quiet: bool =
         "placing": protocol.placing,
         "seed": protocol.seed,
         "talkers": protocol.talkers,
-        "audio_per_cell": protocol.audio_per_cell,
-        "fewest_needles": protocol.fewest_needles,
         "bootstrap": protocol.bootstrap,
         "precision": config.precision,
     }
@@ -272,9 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dass.niah_progress import ATTEMPT_VARIABLE, supervise
     from dass.niah_report import write_report
     from dass.niah_store import StoreError, alone_in
+    from dass.teacher_models import TeacherError
 
     known = (UsageError, AudioError, CheckpointError, ClassMapError, ConfigError, HaystackError, ManifestError)
-    known += (ModelError, StoreError, FileNotFoundError)
+    known += (ModelError, StoreError, TeacherError, FileNotFoundError)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         config = parse(arguments)

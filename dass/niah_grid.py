@@ -111,7 +111,7 @@ class Grid:
         ]
 
     def run(self) -> None:
-        """Runs everything that is not done."""
+        """Runs everything that is not done. Raises what is wrong with the only model where that cannot be loaded."""
         for number, spec in enumerate(self.specs):
             later = [other.name for other in self.specs[number + 1 :]]
             groups = self.groups(spec.name)
@@ -122,6 +122,8 @@ class Grid:
             try:
                 model = self.load(spec)
             except Exception as error:  # one model's failure is a result of the test, not its end
+                if len(self.specs) == 1 and isinstance(error, ValueError):
+                    raise  # a wrong name, with nothing else to go on with
                 self._fail(groups, NOT_LOADED, *_described(error))
                 continue
             finally:
@@ -135,7 +137,7 @@ class Grid:
         match = self._match(model)
         positions, groups = self.protocol.positions, self.groups(model.name)
         for number, group in enumerate(groups):
-            if self.store.finished(group, positions, model.identity):
+            if self.store.finished(group, positions, model.identity, self._clips(group)):
                 continue
             if shorter := self._gave_up_at(group, model.identity):
                 why = f"not tried: {shorter['status']} at {shorter['length']:g} s ({shorter['haystack']})"
@@ -153,12 +155,14 @@ class Grid:
         self._refresh_retention(model, match)
 
     def _refresh_retention(self, model: NiahModel, match: ClassMatch) -> None:
-        """New lines for cells whose retention refers to another than the shortest length, where one was added later."""
+        """New lines for cells whose retention refers to another than the shortest length, where one was added later, and
+        for those of whose needles not all had been heard at the shortest length."""
+        shortest = self._shortest(model.name)
         stale = {
             Group(model.name, line["length"], line["haystack"], line["snr"])
             for line in self.store.lines.values()
             if (line["model"], line["model_id"], line["status"]) == (model.name, model.identity, OK)
-            and line["retention_of"] != self._shortest(model.name)
+            and (line["retention_of"] != shortest or line["retention"] is None)
         }
         for group in sorted(stale, key=lambda group: group.id):
             self._finish(group, model, match, self._scores(group, model, match))
@@ -168,9 +172,11 @@ class Grid:
         return min([*self.protocol.lengths, *lengths])
 
     def _scores(self, group: Group, model: NiahModel, match: ClassMatch) -> GroupScores:
-        clips = self.protocol.clips(group.length, len(self.needles))
         folder = self.store.scores_folder(group, model.identity)
-        return GroupScores(folder, clips, len(self.protocol.positions), len(match.student))
+        return GroupScores(folder, self._clips(group), len(self.protocol.positions), len(match.student))
+
+    def _clips(self, group: Group) -> int:
+        return self.protocol.clips(group.length, len(self.needles))
 
     def _has_scores(self, group: Group, model: NiahModel) -> bool:
         return (self.store.scores_folder(group, model.identity) / "state.npy").is_file()
@@ -201,9 +207,10 @@ class Grid:
 
     def _run_group(self, group: Group, model: NiahModel, match: ClassMatch, left: list[tuple[str, Group]]) -> None:
         scores = self._scores(group, model, match)
-        self.reporter.begin(group, len(scores.state))
+        self.reporter.begin(group, self._clips(group))
         self._take_over(group, model, match, scores)
-        for done, clip in enumerate(pending := scores.pending):
+        pending = [clip for clip in scores.pending if clip < self._clips(group)]
+        for done, clip in enumerate(pending):
             start = time.perf_counter()
             try:
                 with limited_memory(self.memory if model.device.type == "cpu" else None), torch.inference_mode():
@@ -306,6 +313,7 @@ class Grid:
             line |= {
                 "chance": figures.chance,
                 "retention_chance": figures.retention_chance,
+                "top1_chance": figures.top1_chance,
                 "retention_of": reference_length,
                 "clips": len(rows),
                 "broken": int((scores.state == BROKEN).sum()),
@@ -368,13 +376,13 @@ class Grid:
         for name, other in left:
             # Of a model that comes later the weights are not known yet: lines of its name count.
             identity = model.identity if name == model.name else None
-            if self.store.finished(other, self.protocol.positions, identity):
+            if self.store.finished(other, self.protocol.positions, identity, self._clips(other)):
                 continue
             expected = self.forecast.seconds(name, self._frames(other, model.front_end))
             if expected is None:
                 return None
             if self.longest_pass is None or expected <= self.longest_pass:
-                total += expected * passes * self.protocol.clips(other.length, len(self.needles))
+                total += expected * passes * self._clips(other)
         return total
 
 

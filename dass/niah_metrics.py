@@ -95,7 +95,7 @@ def interval(value: float, sample: Array, level: float = 0.95) -> Estimate:
 class CellFigures:
     """What a cell comes to: `map` and `top1` in [0, 1], `retention` relative to the reference (1 = nothing lost).
 
-    chance, retention_chance: what map and retention would be for scores that know nothing.
+    chance, retention_chance, top1_chance: what map, retention and top1 would be for scores that know nothing.
     """
 
     map: Estimate
@@ -103,6 +103,7 @@ class CellFigures:
     retention: Estimate
     chance: float
     retention_chance: float
+    top1_chance: float
 
 
 def cell_figures(
@@ -114,7 +115,7 @@ def cell_figures(
     """
     undefined = Estimate(math.nan, math.nan, math.nan)
     if not len(scores):
-        return CellFigures(undefined, undefined, undefined, math.nan, math.nan)
+        return CellFigures(undefined, undefined, undefined, math.nan, math.nan, math.nan)
     target = target.astype(bool)
     counts = draw_counts(len(scores), draws, seed)
     itself = np.ones((1, len(scores)), np.int16)
@@ -127,4 +128,7 @@ def cell_figures(
         with np.errstate(divide="ignore", invalid="ignore"):
             retention = interval(float(value[0] / base[0]), sample / base_sample)
             retention_chance = float(chance / base[0])
-    return CellFigures(interval(float(value[0]), sample), top1, retention, chance, retention_chance)
+    # Every class is as likely to have the highest score.
+    return CellFigures(
+        interval(float(value[0]), sample), top1, retention, chance, retention_chance, float(target.mean())
+    )

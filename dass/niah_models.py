@@ -26,6 +26,7 @@ from dass.audio import LogMelConfig
 from dass.manifest import LabelClass
 
 WAYS = ("sinusoidal", "interpolated", "windows")
+HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 IMPORTED = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 
@@ -79,7 +80,7 @@ def parse_specs(texts: tuple[str, ...]) -> list[ModelSpec]:
     specs = []
     for text in texts:
         spec = parse_spec(text)
-        if not IMPORTED.match(spec.source) and not Path(spec.source).exists() and spec.source.count("/") != 1:
+        if not (IMPORTED.match(spec.source) or Path(spec.source).exists() or _may_be_on_the_hub(spec.source)):
             raise ModelError(f"model {text!r}: there is no file or folder {spec.source!r}, nor is it module:function")
         if spec.way == "" and is_ast_folder(Path(spec.source)):
             specs += [ModelSpec(f"{spec.name}@{way}", spec.source, way) for way in ("sinusoidal", "interpolated")]
@@ -89,6 +90,11 @@ def parse_specs(texts: tuple[str, ...]) -> list[ModelSpec]:
         if spec.name in [other.name for other in specs[:number]]:
             raise ModelError(f"two models are called {spec.name!r}; tell them apart with NAME=SOURCE")
     return specs
+
+
+def _may_be_on_the_hub(source: str) -> bool:
+    """Whether it is written as owner/name, and the owner is not a folder here."""
+    return HUB_NAME.match(source) is not None and not Path(source).parent.is_dir()
 
 
 def load_model(spec: ModelSpec, device: torch.device, backend: str | None = None, attention: str = "sdpa") -> NiahModel:

@@ -9,7 +9,7 @@ from html import escape
 
 from dass.haystack import DESCRIPTIONS
 from dass.niah_measure import describe_length
-from dass.niah_pictures import PUBLISHED, failures, models_of, panels_of, retention_points
+from dass.niah_pictures import PUBLISHED, Panel, chance_points, curve_points, failures, models_of, panels_of
 from dass.niah_store import OK
 
 STYLE = """
@@ -117,50 +117,79 @@ DASS-small and AST trained on AudioSet, not of the models tested here.</p><ul>{s
 """
 
 
-def half_kept(lines: Sequence[dict], model: str, panel) -> str:
-    """The longest input up to which at least half of the score is kept, all shorter ones included."""
-    points = retention_points(lines, model, panel)
-    kept = []
-    for seconds, value, _, _ in points:
-        if value < 50:
-            break
-        kept.append((seconds, value))
+def half_kept(lines: Sequence[dict], model: str, panel: Panel, key: str) -> str:
+    """The longest input up to which at least half of what the shortest reaches is kept, all between included.
+
+    key: "retention", of the mAP, or "top1", of what is right beyond chance.
+    """
+    points = curve_points(lines, model, panel, key)
     if not points:
         return "no result"
+    chance = dict(chance_points(lines, panel, "top1_chance")) if key == "top1" else {}
+    first = points[0][1] - chance.get(points[0][0], 0.0)
+    kept = []
+    for seconds, value, _, _ in points:
+        if value - chance.get(seconds, 0.0) < first / 2:
+            break
+        kept.append((seconds, value))
     if not kept:
         return "none"
-    text = (
-        f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %; {_top1_at(lines, model, panel, kept[-1][0])})"
-    )
+    text = f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %)"
     if len(kept) < len(points):
         return text
     failed = [line["status"] for line in failures(lines, model, panel) if line["input_seconds"] > kept[-1][0]]
     return f"{text}, then {failed[0]}" if failed else f"≥ {text}"
 
 
-def _top1_at(lines: Sequence[dict], model: str, panel, seconds: float) -> str:
-    """What is decided at that length, in the mean over positions."""
-    wanted = (model, panel.haystack, panel.snr, seconds, OK)
-    keys = ("model", "haystack", "snr", "input_seconds", "status")  # a cell that failed may have no length
-    shares = [line["top1"] for line in lines if tuple(map(line.get, keys)) == wanted and line["top1"] is not None]
-    return f"top-1 {100 * sum(shares) / len(shares):.0f} %" if shares else "no top-1"
+def disagreements(lines: Sequence[dict]) -> list[str]:
+    """For each model and haystack the shortest input that keeps half of the mAP but not half of the top-1, both beyond
+    what chance gives."""
+    found = []
+    for model in models_of(lines):
+        for panel in panels_of(lines):
+            decided = curve_points(lines, model, panel, "top1")
+            kept = {seconds: value for seconds, value, _, _ in curve_points(lines, model, panel, "retention")}
+            chance, floor = (dict(chance_points(lines, panel, f"{key}_chance")) for key in ("top1", "retention"))
+            for seconds, value, _, _ in decided[1:]:
+                guessed = chance.get(seconds, 0.0)
+                ordered = kept.get(seconds, 0.0) >= (100 + floor.get(seconds, 0.0)) / 2
+                if ordered and value - guessed < (decided[0][1] - guessed) / 2:
+                    found.append(
+                        f"{model}, {panel.title}, {describe_length(round(seconds, 2))}: {kept[seconds]:.0f} % of the mAP "
+                        f"is kept, but the highest score is the needle's for {value:.0f} % of the needles only "
+                        f"({decided[0][1]:.0f} % at the shortest input, {guessed:.0f} % by chance)"
+                    )
+                    break
+    return found
+
+
+def _disagreements(lines: Sequence[dict]) -> str:
+    items = "".join(f"<li>{escape(text)}</li>" for text in disagreements(lines))
+    if not items:
+        return ""
+    return (
+        '<h2>Where mAP flatters</h2><p class="note">mAP orders the inputs by the score of one class after another. Where '
+        "the haystack adds the same to that score in every input, the order lasts while another class has the highest "
+        f"score in all of them. The shortest inputs at which that is seen:</p><ul>{items}</ul>"
+    )
 
 
 def _summary(lines: Sequence[dict]) -> str:
     panels = panels_of(lines)
     head = "".join(f"<th>{escape(panel.title)}</th>" for panel in panels)
     rows = "".join(
-        f'<tr><td class="text">{escape(model)}</td>'
-        + "".join(f"<td>{escape(half_kept(lines, model, panel))}</td>" for panel in panels)
+        f'<tr><td class="text">{escape(model)}</td><td class="text">{name}</td>'
+        + "".join(f"<td>{escape(half_kept(lines, model, panel, key))}</td>" for panel in panels)
         + "</tr>"
         for model in models_of(lines)
+        for name, key in (("mAP", "retention"), ("top-1", "top1"))
     )
     return (
-        '<p class="note">Longest input tested up to which at least half of the shortest input\'s mAP is kept, in the mean '
-        "over positions (and what is kept there, and how often the highest score is the needle's); ≥: at every length. "
-        "mAP ranks inputs that share their haystack, so that it can stay high where the decision is lost.</p>"
-        f'<div class="scroll"><table><thead><tr><th class="text">model</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        '<p class="note">Longest input up to which at least half is kept of what the shortest one reaches, in the mean '
+        "over positions: of the mAP (and what is kept there), and of the top-1 beyond chance (and the top-1 there); ≥: at "
+        "every length tested.</p>"
+        '<div class="scroll"><table><thead><tr><th class="text">model</th><th class="text">half of</th>'
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{_disagreements(lines)}"
     )
 
 

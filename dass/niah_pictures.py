@@ -103,13 +103,22 @@ def draw_heat_maps(model: str, lines: Sequence[dict]) -> Figure:
 
 def draw_retention(lines: Sequence[dict]) -> Figure:
     """Retention over length, mean over the positions, a panel for each haystack and a line for each model."""
+    return _draw_curves(lines, "retention", "mAP kept [% of the shortest input]", published=True)
+
+
+def draw_decisions(lines: Sequence[dict]) -> Figure:
+    """Top-1 over length, as `draw_retention`: mAP ranks the inputs, this asks what is decided for each."""
+    return _draw_curves(lines, "top1", "highest score is the needle's [% of the needles]")
+
+
+def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = False) -> Figure:
     models, panels = models_of(lines), panels_of(lines)
-    figure, axes = _panels(len(panels), 4.4, 3.4, share=True)
+    figure, axes = _panels(len(panels), 3.7, 3.1, share=True)
     longest = max((line.get("input_seconds") or line["length"] for line in lines), default=1.0)
     for axis, panel in zip(axes, panels, strict=False):
         failed: list[str] = []
         for number, model in enumerate(models):
-            color, points = COLORS[number % len(COLORS)], retention_points(lines, model, panel)
+            color, points = COLORS[number % len(COLORS)], curve_points(lines, model, panel, key)
             if points:
                 seconds, value, low, high = np.array(points).T
                 axis.plot(seconds, value, color=color, marker="o", markersize=4, label=model)
@@ -123,19 +132,21 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
                     line["status"], (x, 2), offset, textcoords="offset points", fontsize=7, color=color, ha="right"
                 )
                 failed.append(model)
-        if chance := chance_points(lines, panel):
+        if chance := chance_points(lines, panel, f"{key}_chance"):
             axis.plot(*np.array(chance).T, color="grey", linestyle="--", linewidth=1, label="scores that know nothing")
-        if panel.haystack == MEAN_SPECTRUM:
+        shows_published = published and panel.haystack == MEAN_SPECTRUM
+        if shows_published:
             _draw_published(axis)
         axis.axhline(100, color="grey", linewidth=0.7, linestyle=":")
-        axis.set(xscale="log", ylim=(0, 115), title=panel.title, xlabel="length of the input")
+        axis.set(xscale="log", ylim=(0, 115), title=panel.title)
         axis.title.set_fontsize(9)
         shown = sorted({line["input_seconds"] for line in lines if line.get("input_seconds")})
-        last = max(longest, LONGEST) if panel.haystack == MEAN_SPECTRUM else longest
+        last = max(longest, LONGEST) if shows_published else longest
         axis.set_xlim((shown[0] if shown else 1.0) * 0.8, last * 1.3)
         _time_axis(axis)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("mAP kept [% of the shortest input]")
+    figure.supxlabel("length of the input", fontsize=9)
+    figure.supylabel(label, fontsize=9)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4) or 1, fontsize=8
@@ -199,30 +210,30 @@ def models_of(lines: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(line["model"] for line in lines))
 
 
-def retention_points(lines: Iterable[dict], model: str, panel: Panel) -> list[tuple[float, float, float, float]]:
-    """(input seconds, retention, low, high) [%] for each length, means over the positions."""
+def curve_points(lines: Iterable[dict], model: str, panel: Panel, key: str) -> list[tuple[float, float, float, float]]:
+    """(input seconds, value, low, high) [%] of "retention" or "top1" for each length, means over the positions."""
     by_length: dict[float, list[dict]] = {}
     for line in lines:
         mine = (line["model"], line["haystack"], line["snr"]) == (model, panel.haystack, panel.snr)
-        if mine and line["status"] == OK and line["retention"] is not None:
+        if mine and line["status"] == OK and line[key] is not None:
             by_length.setdefault(line["input_seconds"], []).append(line)
     return [
-        (seconds, *(100 * float(np.mean([line[key] for line in found])) for key in RETENTION_KEYS))
+        (
+            seconds,
+            *(100 * float(np.mean([line[name] for line in found])) for name in (key, f"{key}_low", f"{key}_high")),
+        )
         for seconds, found in sorted(by_length.items())
     ]
 
 
-def chance_points(lines: Iterable[dict], panel: Panel) -> list[tuple[float, float]]:
-    """(input seconds, retention [%] of scores that know nothing), means over models and positions."""
+def chance_points(lines: Iterable[dict], panel: Panel, key: str) -> list[tuple[float, float]]:
+    """(input seconds, what scores that know nothing reach [%]), means over models and positions."""
     by_length: dict[float, list[float]] = {}
     for line in lines:
         mine = (line["haystack"], line["snr"]) == (panel.haystack, panel.snr)
-        if mine and line["status"] == OK and line["retention_chance"] is not None:
-            by_length.setdefault(line["input_seconds"], []).append(100 * line["retention_chance"])
+        if mine and line["status"] == OK and line.get(key) is not None:
+            by_length.setdefault(line["input_seconds"], []).append(100 * line[key])
     return [(seconds, float(np.mean(found))) for seconds, found in sorted(by_length.items())]
-
-
-RETENTION_KEYS = ("retention", "retention_low", "retention_high")
 
 
 def failures(lines: Iterable[dict], model: str, panel: Panel) -> list[dict]:

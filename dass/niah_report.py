@@ -12,13 +12,13 @@ from pathlib import Path
 
 from dass.checkpoint import atomic_write, read_json
 from dass.niah_page import build_page
-from dass.niah_pictures import draw_cost, draw_heat_maps, draw_retention, models_of, to_png
+from dass.niah_pictures import draw_cost, draw_decisions, draw_heat_maps, draw_retention, models_of, to_png
 from dass.niah_store import Store, StoreError
 
 COLUMNS = (
     *("model", "haystack", "snr", "length", "position", "status", "frames", "input_seconds", "clips", "broken"),
     *("classes", "map", "map_low", "map_high", "retention", "retention_low", "retention_high", "retention_of"),
-    *("chance", "retention_chance"),
+    *("chance", "retention_chance", "top1_chance"),
     *("top1", "top1_low", "top1_high", "seconds", "seconds_worst", "peak_memory", "parameters", "model_id", "finished"),
     "error",
 )
@@ -41,7 +41,10 @@ def write_report(folder: Path | str) -> Path:
     )
     if not lines:
         raise StoreError(f"{folder} holds no finished cell yet: nothing to report")
-    pictures = {"retention": (to_png(draw_retention(lines)), "What is kept of the score as the input grows")}
+    pictures = {
+        "retention": (to_png(draw_retention(lines)), "mAP as the input grows: what is kept of the order of the inputs"),
+        "decisions": (to_png(draw_decisions(lines)), "Top-1 as the input grows: how often the decision is right"),
+    }
     for model in order:
         caption = f"{model}: mAP over length and position; grey: not run, or failed as named"
         pictures[f"heat-{model}"] = to_png(draw_heat_maps(model, lines)), caption

@@ -63,7 +63,8 @@ class GroupScores:
     """Logits (clips, positions, classes), cost (clips, positions, 2: seconds, bytes) and state (clips,) of a group.
 
     They are memory-mapped: what was put survives the process. A clip counts as done when all its logits are numbers, which
-    also holds when the power went before everything had reached the disk.
+    also holds when the power went before everything had reached the disk. Where there are fewer clips than asked for they
+    become more; where there are more, they stay.
     """
 
     def __init__(self, folder: Path, clips: int, positions: int, classes: int):
@@ -180,10 +181,15 @@ class Store:
         """Where the scores of a group are kept; another place for a model of the same name but other weights."""
         return self.folder / "scores" / f"{group.id}-{hashlib.blake2b(identity.encode(), digest_size=4).hexdigest()}"
 
-    def finished(self, group: Group, positions: tuple[float, ...], identity: str | None) -> bool:
-        """Whether every cell of a group has its line for these weights (None: for any)."""
+    def finished(self, group: Group, positions: tuple[float, ...], identity: str | None, clips: int) -> bool:
+        """Whether every cell of a group has its line for these weights (None: for any) and so many clips, or failed."""
         lines = [self.lines.get(group.cell(position)) for position in positions]
-        return all(line is not None and identity in (None, line["model_id"]) for line in lines)
+        return all(
+            line is not None
+            and identity in (None, line["model_id"])
+            and (line["status"] != OK or line["clips"] + line["broken"] >= clips)
+            for line in lines
+        )
 
     def forget_failures(self) -> None:
         """Lets cells that failed count as not done (their lines stay in the file until later ones replace them)."""
@@ -191,15 +197,22 @@ class Store:
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type, empty: float) -> np.ndarray:
+    """The array in a file, with at least shape[0] rows; what is new is `empty`."""
+    before = np.empty((0, *shape[1:]), dtype)
     if path.is_file():
         try:
             array = np.lib.format.open_memmap(path, mode="r+")
-            if array.shape == shape and array.dtype == dtype:
-                return array
+            if array.shape[1:] == shape[1:] and array.dtype == dtype:
+                if len(array) >= shape[0]:
+                    return array
+                before = np.array(array)
         except ValueError:  # cut short while it was being made
             pass
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    array[...] = empty
+    grown = path.with_name(f".{path.name}")
+    array = np.lib.format.open_memmap(grown, mode="w+", dtype=dtype, shape=shape)
+    array[: len(before)], array[len(before) :] = before, empty
+    array.flush()
+    os.replace(grown, path)  # the mapping follows the file
     return array
 
 

@@ -40,13 +40,19 @@ def test_options_count_more_than_the_preset():
         (["math:sin", "--positions", "2"], "from 0 to 1"),
         (["math:sin", "--placing", "overlay"], "mean-spectrum"),
         (["nowhere"], "no file or folder"),
+        (["/nowhere"], "no file or folder"),
+        (["runs/nowhere"], "no file or folder"),
+        (["math:sine"], "cannot be imported"),
+        (["runs"], "runs"),
         (["math:sin", "--report-only", "--out", "nowhere"], "holds no results"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments, words, capsys, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     assert niah.main([*arguments, "--no-isolate"]) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert words in said.err and "report:" not in said.out
 
 
 def test_two_tests_do_not_run_in_one_folder(tmp_path, capsys):
@@ -72,6 +78,7 @@ def test_the_command_leaves_a_report(tmp_path, monkeypatch, capsys):
     assert environment["configuration"]["positions"] == [0.0, 1.0] and environment["machine"]["PyTorch"]
     assert sorted(path.name for path in Path("out/pictures").iterdir()) == [
         "cost.png",
+        "decisions.png",
         "heat-mine_niah-model.png",
         "retention.png",
     ]

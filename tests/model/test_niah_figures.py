@@ -51,6 +51,7 @@ def test_figures_of_a_cell():
     assert figures.retention.value == pytest.approx(figures.map.value / cell_figures(good, target, None).map.value)
     assert figures.retention.low < figures.retention.value < figures.retention.high < 1
     assert figures.top1.value == (bad.argmax(1) == np.arange(60) % 4).mean()
+    assert figures.top1_chance == 0.25, "of four classes, each clip having one"
     same = cell_figures(good, target, good)
     assert (same.retention.value, same.retention.low, same.retention.high) == (1, 1, 1), "the draws are paired"
     assert np.isnan(cell_figures(good, target, None).retention.value)

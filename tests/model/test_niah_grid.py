@@ -204,6 +204,27 @@ def test_long_inputs_may_have_fewer_needles(tmp_path):
     assert {line["length"]: line["clips"] for line in store.lines.values()} == {0.0: 6, 1.0: 5, 2.0: 5}
 
 
+def test_a_cell_may_get_more_needles_later(tmp_path):
+    """Only the new ones are heard, and all end as they would have at once; fewer asked for leave what is there."""
+    heard = []
+
+    def counting(fbank):
+        heard.append(fbank.shape[1])
+        return hear(fbank)
+
+    def few(needles):
+        return replace(PROTOCOL, audio_per_cell=1.0, fewest_needles=needles)
+
+    run_grid(tmp_path, {"m": counting}, few(2))
+    before = len(heard)
+    store = run_grid(tmp_path, {"m": counting}, few(5))
+    assert {line["length"]: line["clips"] for line in store.lines.values()} == {0.0: 6, 1.0: 5, 2.0: 5}
+    assert len(heard) - before == 3 * 3 * 2 * 2, "three needles more, at three positions, in two haystacks and lengths"
+    assert timeless(store) == timeless(run_grid(tmp_path / "at-once", {"m": hear}, few(5)))
+    again = run_grid(tmp_path, {"m": counting}, few(3))
+    assert timeless(again) == timeless(store) and len(heard) == before + 36
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 

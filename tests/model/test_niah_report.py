@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import tempfile
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dass.niah_page import build_page
+from dass.niah_page import build_page, disagreements, half_kept
+from dass.niah_pictures import Panel
 from dass.niah_report import write_report
 from dass.niah_store import Store
 from tests.model.niah_tones import hear, hear_beginning, run_grid
@@ -73,7 +76,7 @@ def test_the_page_works_in_a_browser_without_a_network(report, tmp_path):
     written = re.search(r'<pre id="outcome">([^<]+)</pre>', seen.stdout)
     assert written, seen.stderr[-2000:]
     outcome = json.loads(base64.b64decode(written[1]))
-    assert len(outcome["pictures"]) == 4
+    assert len(outcome["pictures"]) == 5
     assert all(complete and width > 300 and height > 200 for complete, width, height in outcome["pictures"])
     assert all(url.startswith("data:") for url in outcome["loaded"]), "nothing from elsewhere"
     text = outcome["text"]
@@ -97,14 +100,30 @@ def test_the_page_is_one_file_and_says_what_was_published(report):
     assert "http://" not in page and "https://" not in page and '<link rel="stylesheet"' not in page
     assert "hears &lt;all&gt;" in page and "<all>" not in page
     assert "model card" in page and "at most 12 %" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
 
 
 def test_a_cell_that_failed_before_its_length_was_known_is_in_the_page(report):
-    """And what is kept stands beside what is decided, in the mean over positions."""
     lines = list(Store(report.parent).lines.values())
     good = next(line for line in lines if line["model"] == "hears <all>")
     known = ("model", "haystack", "snr", "length", "position")
     failed = {key: good[key] for key in known} | {"status": "killed", "error": "by SIGKILL"}
     page = build_page([*lines, failed], {}, {}, {})
-    assert "killed: by SIGKILL" in page and "(100 %; top-1 100 %)" in page
+    assert "killed: by SIGKILL" in page and "≥ 2 s (100 %)" in page
+
+
+def test_the_page_says_where_the_order_lasts_and_the_decision_does_not(report, tmp_path):
+    """A model that beyond the needle adds to one class's score: all inputs keep their order, none its decision."""
+
+    def biased(fbank):
+        return hear(fbank) + torch.tensor([0.0, 100.0, 0.0]) * (fbank.shape[1] > 40)
+
+    lines = list(run_grid(tmp_path, {"biased": biased}).lines.values())
+    found = disagreements(lines)
+    assert [text.split(":")[0] for text in found] == ["biased, mean-spectrum, 1 s", "biased, white, 20 dB, 1 s"]
+    assert all("100 % of the mAP is kept" in text and "for 33 % of the needles only" in text for text in found)
+    assert all("(100 % at the shortest input, 33 % by chance)" in text for text in found)
+    assert escape(found[0]) in build_page(lines, {}, {}, {})
+    assert half_kept(lines, "biased", Panel("mean-spectrum", None), "retention").startswith("≥ 2 s")
+    assert half_kept(lines, "biased", Panel("mean-spectrum", None), "top1") == "0.4 s (100 %)"
+    assert not disagreements(list(Store(report.parent).lines.values()))
