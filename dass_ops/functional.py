@@ -8,7 +8,6 @@ dtype. Autocast changes none of this: inputs arrive in whatever dtype the surrou
 """
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -76,23 +75,25 @@ def selective_scan(
     if directions == 0 or channels % directions:
         raise ValueError(f"reverse has {directions} flags; expected a divisor of the {channels} channels.")
 
-    def split(t: Tensor | None, axis: int) -> Tensor | None:  # channels -> (directions, channels / directions)
-        return t if t is None else t.unflatten(axis, (directions, channels // directions))
+    split = (
+        directions,
+        channels // directions,
+    )  # of the channels; views by their whole shape are the cheapest there are
 
     _expect_optional(D, "D", (channels,), "(channels,)")
     _expect_optional(z, "z", (batch, channels, length), "u's shape")
     _expect_optional(delta_bias, "delta_bias", (channels,), "(channels,)")
     _expect_optional(initial_state, "initial_state", (batch, channels, state), "(batch, channels, state)")
     out, last_state = _scan(
-        split(u, 1),
-        split(delta, 1),
-        split(A, 0),
+        u.view(batch, *split, length),
+        delta.view(batch, *split, length),
+        A.view(*split, state),
         _spread(B, "B", batch, directions, channels, state, length),
         _spread(C, "C", batch, directions, channels, state, length),
-        split(D, 0),
-        split(z, 1),
-        split(delta_bias, 0),
-        split(initial_state, 1),
+        None if D is None else D.view(split),
+        None if z is None else z.view(batch, *split, length),
+        None if delta_bias is None else delta_bias.view(split),
+        None if initial_state is None else initial_state.view(batch, *split, state),
         delta_softplus=delta_softplus,
         reverse=flags,
         constant={name for name, t in (("B", B), ("C", C)) if t.dim() == 2},
@@ -272,12 +273,12 @@ def _scan(
     varying = {"u": u, "delta": delta, "z": z, "B": B, "C": C}
     io = _io_dtype(**{name: t for name, t in varying.items() if t is not None and name not in constant})
     state = state_dtype(io)
-    u_io, delta, z = u.to(io), delta.to(io), None if z is None else z.to(io)
-    B, C = (_real(t, name).to(state if name in constant else io) for name, t in (("B", B), ("C", C)))
-    A, D, delta_bias, initial_state = (
-        None if t is None else _real(t, name).to(state)
-        for name, t in (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state))
-    )
+    u_io, delta, z = _to(u, io), _to(delta, io), _to(z, io)
+    B = _to(_real(B, "B"), state if "B" in constant else io)
+    C = _to(_real(C, "C"), state if "C" in constant else io)
+    A, D = _to(_real(A, "A"), state), _to(_real(D, "D"), state)
+    delta_bias = _to(_real(delta_bias, "delta_bias"), state)
+    initial_state = _to(_real(initial_state, "initial_state"), state)
     out_dtype = _out_dtype(out_dtype, u.dtype, io)
     backend = resolve(u.device.type, backend)
     inputs = (u_io, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -293,7 +294,7 @@ def _scan(
         chunk=_chunk(CHUNK[backend], *inputs),
         out_dtype=_kernel_out(out_dtype, io),
     )
-    return out.to(out_dtype), last_state
+    return _to(out, out_dtype), last_state
 
 
 def _reference_ss2d(x, x_dbl, parameters, out_dtype):
@@ -323,7 +324,7 @@ def _spread(t: Tensor, name, batch, directions, channels, state, length) -> Tens
     if groups == 0 or channels % groups:
         raise ValueError(f"{name} has {groups} groups; expected a divisor of the {channels} channels.")
     if groups % directions == 0:
-        return t.unflatten(1, (directions, groups // directions))
+        return t.view(batch, directions, groups // directions, state, length)
     if directions % groups == 0:
         return t.repeat_interleave(directions // groups, 1).unsqueeze(2)
     raise ValueError(f"{name} has {groups} groups and reverse {directions} flags; expected one to divide the other.")
@@ -364,13 +365,16 @@ def _ss2d_parameters(x, dt_weight, dt_bias, A_logs, Ds):
 
 def _io_dtype(**tensors: Tensor) -> torch.dtype:
     first_name, first = next(iter(tensors.items()))
+    io, device = first.dtype, first.device
     for name, t in tensors.items():
         if t.dtype not in FLOATS:
             hint = " Complex A, B and C are not supported." if t.is_complex() else " Convert it with .to()."
             raise ValueError(f"{name} has dtype {t.dtype}; expected float32, bfloat16, float16 or float64.{hint}")
-        if t.device != first.device:
-            raise ValueError(f"{name} is on {t.device}; expected {first.device}, where {first_name} is.")
-    return reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}; expected {device}, where {first_name} is.")
+        if t.dtype != io:
+            io = torch.promote_types(io, t.dtype)
+    return io
 
 
 def _out_dtype(asked: torch.dtype | None, given: torch.dtype, io: torch.dtype) -> torch.dtype:
@@ -385,12 +389,16 @@ def _kernel_out(out_dtype: torch.dtype, io: torch.dtype) -> torch.dtype:
     return out_dtype if out_dtype in (io, state_dtype(io)) else io
 
 
-def _real(t: Tensor, name: str) -> Tensor:
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def _real(t: Tensor | None, name: str) -> Tensor | None:
+    if t is None or t.is_floating_point():
+        return t
     if t.is_complex():
         raise ValueError(f"{name} has dtype {t.dtype}; complex state spaces are not supported. Use a real {name}.")
-    if not t.is_floating_point():
-        raise ValueError(f"{name} has dtype {t.dtype}; expected a floating dtype. Convert it with .float().")
-    return t
+    raise ValueError(f"{name} has dtype {t.dtype}; expected a floating dtype. Convert it with .float().")
 
 
 def _expect_axes(t: Tensor, name: str, axes: int, meaning: str) -> None:
@@ -403,7 +411,7 @@ def _expect_axes(t: Tensor, name: str, axes: int, meaning: str) -> None:
 def _expect_shape(t: Tensor, name: str, shape: tuple, meaning: str) -> None:
     if not isinstance(t, Tensor):
         raise ValueError(f"{name} is {type(t).__name__}; expected a tensor {meaning} = {shape}.")
-    if tuple(t.shape) != tuple(shape):
+    if t.shape != shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {meaning} = {tuple(shape)}.")
 
 

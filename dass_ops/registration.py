@@ -1,9 +1,9 @@
-"""Fake kernels and autograd for the operators, once, and the operators of the backends that live in Python.
+"""Fake kernels for the operators, once, and the operators of the backends that live in Python.
 
-C++ defines the schemas (csrc/schema.cpp) and implements them for CPU and CUDA. A backend that shares a device with another
-registers the same schemas under a suffixed name: `dass_ops::scan_forward_triton`. On top of each family stands
-`ss2d_projected_forward`, which owns the projection x -> x_dbl, so that the projection's gradient is added into d_x by the
-product itself instead of by a pass of its own.
+C++ defines the schemas (csrc/schema.cpp), implements them for CPU and CUDA, and records them for autograd
+(csrc/autograd.cpp). A backend that shares a device with another registers the same schemas under a suffixed name:
+`dass_ops::scan_forward_triton`. On top of each family stands `ss2d_projected_forward`, which owns the projection x -> x_dbl,
+so that the projection's gradient is added into d_x by the product itself instead of by a pass of its own.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def state_dtype(io: torch.dtype) -> torch.dtype:
 
 def define_family(suffix: str, implementations: dict | None = None) -> None:
     """Defines the four operators with `suffix` from the C++ schemas, implements them in Python where given, and attaches
-    fake kernels, autograd and `ss2d_projected_forward`."""
+    fake kernels and `ss2d_projected_forward`."""
     if suffix:
         for name in OPERATORS:
             _, arguments = str(operator(name)._schema).split("(", 1)
@@ -44,8 +44,6 @@ def define_family(suffix: str, implementations: dict | None = None) -> None:
     library.register_fake(f"dass_ops::scan_backward{suffix}", _fake_scan_backward, lib=_library)
     for name, fake in (("ss2d_forward", _fake_ss2d_forward), ("ss2d_backward", _fake_ss2d_backward)):
         library.register_fake(f"dass_ops::{name}{suffix}", partial(fake, suffix), lib=_library)
-    _attach_scan_autograd(suffix)
-    _attach_ss2d_autograd(suffix)
     _define_projected(suffix)
 
 
@@ -95,46 +93,6 @@ def _fake_ss2d_forward(suffix, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, *, chun
 def _fake_ss2d_backward(suffix, d_y, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, boundary_states, *, chunk):
     others = (t.new_empty(t.shape) for t in (x_dbl, dt_weight, dt_bias, A_logs, Ds))
     return _empty_map(suffix, x, x.dtype), *others
-
-
-# -- autograd ----------------------------------------------------------------------------------------------------------
-
-
-def _attach_scan_autograd(suffix: str) -> None:
-    def setup_context(ctx, inputs, keyword_only_inputs, output):
-        out, _, boundary_states = output
-        ctx.mark_non_differentiable(boundary_states)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, boundary_states)
-        ctx.options = {key: keyword_only_inputs[key] for key in ("delta_softplus", "reverse", "chunk")}
-        ctx.out_shape, ctx.out_dtype = out.shape, out.dtype
-
-    def backward(ctx, d_out, d_last_state, _):
-        *inputs, boundary_states = ctx.saved_tensors
-        if d_out is None:
-            d_out = inputs[0].new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        gradients = operator("scan_backward", suffix)(
-            d_out.to(ctx.out_dtype), d_last_state, *inputs, boundary_states, **ctx.options
-        )
-        return tuple(g if t is not None else None for g, t in zip(gradients, inputs, strict=True))
-
-    library.register_autograd(f"dass_ops::scan_forward{suffix}", backward, setup_context=setup_context, lib=_library)
-
-
-def _attach_ss2d_autograd(suffix: str) -> None:
-    def setup_context(ctx, inputs, keyword_only_inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.chunk = keyword_only_inputs["chunk"]
-        ctx.out_dtype = output[0].dtype
-
-    def backward(ctx, d_y, _):
-        if d_y is None:
-            return (None,) * 6
-        return operator("ss2d_backward", suffix)(d_y.to(ctx.out_dtype), *ctx.saved_tensors, chunk=ctx.chunk)
-
-    library.register_autograd(f"dass_ops::ss2d_forward{suffix}", backward, setup_context=setup_context, lib=_library)
 
 
 # -- ss2d with its projection ------------------------------------------------------------------------------------------
