@@ -69,13 +69,14 @@ def panels_of(lines: Iterable[dict]) -> list[Panel]:
 
 
 def draw_heat_maps(model: str, lines: Sequence[dict]) -> Figure:
-    """mAP of a model over length (across) and position (down), a panel for each haystack; failures named."""
+    """mAP of a model over length (across) and position (down), a panel for each haystack; failures named. Below each mAP
+    stands the top-1, which is no colour."""
     own = [line for line in lines if line["model"] == model]
     panels = panels_of(own)
     lengths = sorted({line["length"] for line in own})
     positions = sorted({line["position"] for line in own})
     best = max((line["map"] for line in own if line["status"] == OK and line["map"] is not None), default=1.0)
-    figure, axes = _panels(len(panels), 1.5 + 0.62 * len(lengths), 1.25 + 0.42 * len(positions))
+    figure, axes = _panels(len(panels), 1.5 + 0.62 * len(lengths), 1.25 + 0.46 * len(positions))
     cells = {(line["haystack"], line["snr"], line["length"], line["position"]): line for line in own}
     for axis, panel in zip(axes, panels, strict=False):
         grid = np.full((len(positions), len(lengths)), np.nan)
@@ -85,7 +86,7 @@ def draw_heat_maps(model: str, lines: Sequence[dict]) -> Figure:
                 if line is not None and line["status"] == OK and line["map"] is not None:
                     grid[row, column] = line["map"]
                     dark = line["map"] > 0.6 * best
-                    text, color = f"{100 * line['map']:.0f}", "white" if dark else "black"
+                    text, color = f"{100 * line['map']:.0f}\n({100 * line['top1']:.0f})", "white" if dark else "black"
                 else:
                     text, color = ("" if line is None else FAILED.get(line["status"], "-")), "#a02020"
                 axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=color)
@@ -94,9 +95,8 @@ def draw_heat_maps(model: str, lines: Sequence[dict]) -> Figure:
         axis.set_xticks(range(len(lengths)), [describe_length(length) for length in lengths], rotation=45, fontsize=8)
         axis.set_yticks(range(len(positions)), [f"{position:g}" for position in positions], fontsize=8)
         axis.set_title(panel.title, fontsize=9)
-        axis.set_xlabel("length of the input", fontsize=8)
-    axes[0].set_ylabel("position of the needle", fontsize=8)
-    figure.suptitle(f"{model}: mAP [%]", fontsize=11, x=0.01, ha="left")
+    _label(axes, "length of the input", "position of the needle")
+    figure.suptitle(f"{model}: mAP [%] (and top-1)", fontsize=11, x=0.01, ha="left")
     figure.colorbar(image, ax=list(axes), label="mAP", fraction=0.03, pad=0.01)
     return figure
 
@@ -108,7 +108,7 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
 
 def draw_decisions(lines: Sequence[dict]) -> Figure:
     """Top-1 over length, as `draw_retention`: mAP ranks the inputs, this asks what is decided for each."""
-    return _draw_curves(lines, "top1", "highest score is the needle's [% of the needles]")
+    return _draw_curves(lines, "top1", "top-1: the needle's score is the highest [%]")
 
 
 def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = False) -> Figure:
@@ -139,14 +139,14 @@ def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = 
             _draw_published(axis)
         axis.axhline(100, color="grey", linewidth=0.7, linestyle=":")
         axis.set(xscale="log", ylim=(0, 115), title=panel.title)
+        axis.tick_params(axis="y", labelsize=8)
         axis.title.set_fontsize(9)
         shown = sorted({line["input_seconds"] for line in lines if line.get("input_seconds")})
         last = max(longest, LONGEST) if shows_published else longest
         axis.set_xlim((shown[0] if shown else 1.0) * 0.8, last * 1.3)
         _time_axis(axis)
         axis.grid(alpha=0.25)
-    figure.supxlabel("length of the input", fontsize=9)
-    figure.supylabel(label, fontsize=9)
+    _label(axes, "length of the input", label)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4) or 1, fontsize=8
@@ -310,6 +310,17 @@ def _panels(count: int, width: float, height: float, share: bool = False) -> tup
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
+
+
+def _label(axes: Iterable[Axes], below: str, beside: str) -> None:
+    """Names the axes once for each column and row of panels."""
+    axes = list(axes)
+    lowest = {axis.get_subplotspec().colspan.start: axis for axis in axes}  # the last one of a column
+    for axis in axes:
+        if axis is lowest[axis.get_subplotspec().colspan.start]:
+            axis.set_xlabel(below, fontsize=8)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(beside, fontsize=8)
 
 
 def _time_axis(axis: Axes) -> None:

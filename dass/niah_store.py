@@ -138,7 +138,8 @@ class Store:
         self.lines = self._read_lines()
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        different = [key for key in sorted({*stored} & {*self.protocol}) if stored[key] != self.protocol[key]]
+        compared = sorted(({*stored} & {*self.protocol}) - {"needles"})  # only says where those of the identity are from
+        different = [key for key in compared if stored[key] != self.protocol[key]]
         if different:
             changes = "; ".join(f"{key} was {stored[key]!r}, is {self.protocol[key]!r}" for key in different)
             raise StoreError(

@@ -168,10 +168,9 @@ class Tagger:
                 matches = [index for index, label in enumerate(lowered) if fnmatch.fnmatchcase(label, wanted)]
             if not matches:
                 near = difflib.get_close_matches(wanted, lowered, n=3, cutoff=0.5)
-                hint = (
-                    ", ".join(repr(self.labels[lowered.index(label)]) for label in near) or f"{list(self.labels[:8])}"
-                )
-                raise ValueError(f"the model has no class {name!r}; near it: {hint}")
+                shown = [self.labels[lowered.index(label)] for label in near] or self.labels[:8]
+                hint = ", ".join(map(repr, shown)) + ("" if near or len(self.labels) <= 8 else ", ...")
+                raise ValueError(f"the model has no class {name!r}; {'near it' if near else 'it has'}: {hint}")
             found.update(dict.fromkeys(matches))
         return list(found)
 
