@@ -2,13 +2,15 @@
 
     python benchmarks/needle_study.py train            # both models: same clips, same number of steps, labels only
     python benchmarks/needle_study.py grid             # 10 s and 60 s in every haystack; goes on where it was
-    python benchmarks/needle_study.py minutes          # 10 min: DASS in every haystack, AST in two
+    python benchmarks/needle_study.py minutes          # 10 min in every haystack
     python benchmarks/needle_study.py hour             # 1 h: DASS in every haystack, what AST would take
     python benchmarks/needle_study.py summary          # results/needle-CORPUS.json and a table
-    python benchmarks/needle_study.py cost             # time and memory of DASS-small, carried on to 2.5 h
+    python benchmarks/needle_study.py cost             # time and memory of DASS-small, carried on to 2.5 h, and of the AST
 
-`--corpus fsdd` (spoken digits, the default) or `esc10` (environmental sounds), from `../shared/data` or `--data`. The report
-is runs/needle-CORPUS/niah/report.html; that of `cost` is runs/needle-cost/report.html.
+`--corpus`: `digits10` (the default), ten seconds in which a digit is said one to six times (see needle_corpus.py), as long
+as the published models' clips; `digits`, spoken digits of a second, and `esc10`, environmental sounds of five, which show
+what comes of a model that has never heard ten seconds. From `../shared/data` or `--data`. The report is
+runs/needle-CORPUS/niah/report.html; those of `cost` are runs/needle-cost*/report.html.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from needle_corpus import build_corpus
 
 from dass import niah
 from dass.audio import LogMelConfig
@@ -29,118 +34,134 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parent / "results"
 HAYSTACKS = ("mean-spectrum", "silence", "white", "pink", "babble", "recording", "other-clips")
 LONGEST_PASS = 60.0  # s; an AST's at 1 h is expected to take more, and is recorded as too slow
-NEEDLES = ("--audio-per-cell", "1800", "--fewest-needles", "5")  # 180 at 10 s, 30 at 60 s, 5 from 10 min on
+TOP1 = ("top1", "top1_low", "top1_high", "top1_chance")
 DASS, AST = ("DASS-tiny", "DASS-tiny-windows"), ("AST-sinusoidal", "AST-interpolated")
-PHASES = {
-    "grid": [((*DASS, *AST), ("--lengths", "needle", "10s", "60s", "--haystacks", *HAYSTACKS))],
+MANY = ("--audio-per-cell", "3600", "--fewest-needles", "30")  # all 300 at 10 s, 60 at 60 s, 30 from 10 min on
+FEW = ("--audio-per-cell", "3600", "--fewest-needles", "10")
+PHASES = {  # models, haystacks, options
+    "grid": [((*DASS, *AST), HAYSTACKS, ("--lengths", "needle", "10s", "60s", *MANY))],
     "minutes": [
-        (DASS, ("--lengths", "10min", "--haystacks", *HAYSTACKS)),
-        (AST, ("--lengths", "10min", "--haystacks", "mean-spectrum", "white")),
+        (DASS, HAYSTACKS, ("--lengths", "10min", *MANY)),
+        (AST, HAYSTACKS, ("--lengths", "10min", *FEW)),
     ],
     "hour": [
-        (DASS[:1], ("--lengths", "1h", "--haystacks", *HAYSTACKS)),
-        (AST, ("--lengths", "1h", "--haystacks", "mean-spectrum", "white")),
+        (DASS[:1], HAYSTACKS, ("--lengths", "1h", *MANY)),
+        (AST, ("mean-spectrum", "white"), ("--lengths", "1h", *FEW)),
     ],
 }
 
 
-def training(corpus: str, data: Path) -> TrainConfig:
-    """Spoken digits: takes 0 to 4 of every speaker are held out. ESC-10: two fifths of the recordings."""
+def training(corpus: str, data: Path, folder: Path) -> TrainConfig:
+    """Digits, of a second each or in ten seconds: takes 0 to 4 of every speaker are held out. ESC-10: two fifths of it.
+
+    Ten seconds with a digit here and there teach a fresh model next to nothing: those runs start from words of a second.
+    """
     config = load_preset("folder")
-    config = replace(config, log=replace(config.log, tensorboard=False))
-    if corpus == "fsdd":
+    config = replace(config, log=replace(config.log, tensorboard=False, pictures=False))
+    if corpus == "esc10":
+        chosen = replace(config.data, train=data / "esc10", clip_seconds=5.12, mel_bins=64, holdout_fraction=0.4)
+        train = replace(config.train, epochs=120, batch_size=10)
+    else:
+        words = corpus == "digits"
         chosen = replace(
             config.data,
-            train=data / "fsdd" / "recordings",
+            train=data / "fsdd" / "recordings" if words else folder / "clips",
+            holdout=r"_[0-4]\.wav$" if words else "_test",
             label_regex=r"^(\d)_",
-            holdout=r"_[0-4]\.wav$",
-            mel_bins=64,
-            workers=0,
+            sample_rate=8000,
+            mel_bins=32,
         )
-        return replace(config, data=chosen)
-    chosen = replace(config.data, train=data / "esc10", clip_seconds=5.12, mel_bins=64, holdout_fraction=0.4, workers=0)
-    return replace(config, data=chosen, train=replace(config.train, epochs=120, batch_size=10))
+        train = replace(config.train, eval_every=4)
+        if not words:
+            chosen = replace(chosen, clip_seconds=10.24)
+            config = replace(config, augment=replace(config.augment, roll=512))
+            train = replace(train, epochs=8, batch_size=16)
+    return replace(config, data=replace(chosen, workers=0), train=train)
+
+
+def train(corpus: str, data: Path, folder: Path, models: Sequence[str]) -> None:
+    """Trains what is not trained yet, each continuing where it was stopped: same clips, same number of steps."""
+    from dass.student import build_student
+    from dass.teacher import load_teacher
+    from dass.trainer import Trainer
+
+    words = folder.parent / "needle-digits"
+    if corpus == "digits10":
+        train("digits", data, words, models)
+        build_corpus(data / "fsdd" / "recordings", folder / "clips")
+    config = training(corpus, data, folder)
+    for name in models:
+        own, build = replace(config, run=replace(config.run, folder=folder / name)), build_student
+        if name == "ast":  # the transformer needs a smaller step, the only difference
+            own, build = replace(own, optimizer=replace(own.optimizer, learning_rate=1e-3)), build_ast
+        if corpus == "digits10":
+            begun = words / name
+            front_end = load_teacher(str(begun)).front_end
+            own = replace(own, data=replace(own.data, mean=front_end.mean, std=front_end.std))
+            if name == "ast":
+                build = partial(longer_ast, begun)
+            else:
+                own = replace(own, model=replace(own.model, init=str(begun)))
+        print(name, Trainer(own, build_model=build).fit().best)
 
 
 def build_ast(_, classes, front_end):
-    """An AST of about DASS-tiny's size, with the patches of 16 x 16 that do not overlap."""
-    from transformers import ASTConfig, ASTForAudioClassification
+    """An AST of about DASS-tiny's size."""
+    from dass.teacher_models import build_small_ast
 
-    from dass.teacher_models import TransformersClassifier
-
-    config = ASTConfig(
-        hidden_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=384,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        patch_size=16,
-        frequency_stride=16,
-        time_stride=16,
-        max_length=front_end.frames,
-        num_mel_bins=front_end.mel_bins,
-        num_labels=len(classes),
-        id2label={entry.index: entry.id for entry in classes},
-        label2id={entry.id: entry.index for entry in classes},
-    )
-    model = ASTForAudioClassification(config)
-    for name, module in model.named_modules():
-        # The library's 0.02 suits a width of 768; this narrow one would hardly learn from it.
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "classifier" not in name:
-            torch.nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return TransformersClassifier(model, front_end).train()
+    return build_small_ast(classes, front_end, layers=5, intermediate=384, patch=16).train()
 
 
-def train(corpus: str, data: Path, folder: Path) -> None:
-    """Trains what is not trained yet; each continues where it was stopped."""
-    from dass.trainer import Trainer
+def longer_ast(run: Path, _, classes, front_end):
+    """The AST of a run for longer input: the positions it has learnt stretched along time."""
+    from dass.niah_models import LongAST
+    from dass.teacher import load_teacher
 
-    config = training(corpus, data)
-    print(Trainer(replace(config, run=replace(config.run, folder=folder / "dass"))).fit().best)
-    # The transformer needs a smaller step, the only difference.
-    config = replace(
-        config,
-        run=replace(config.run, folder=folder / "ast"),
-        optimizer=replace(config.optimizer, learning_rate=1e-3),
-        log=replace(config.log, pictures=False),
-    )
-    print(Trainer(config, build_model=build_ast).fit().best)
+    trained = load_teacher(str(run)).model
+    model = build_ast(_, classes, front_end)
+    tensors = trained.state_dict()
+    name = next(name for name in tensors if name.endswith("position_embeddings"))
+    tensors[name] = LongAST(trained.model, "interpolated").positions(front_end.frames)
+    model.load_state_dict(tensors)
+    return model
 
 
-def run_cells(corpus: str, data: Path, folder: Path, models: tuple[str, ...], *options: str) -> int:
-    """Some cells of the test in `folder`/niah: `models` by name, the rest as `python -m dass.niah` takes it."""
+def run_cells(
+    corpus: str, data: Path, folder: Path, models: Sequence[str], haystacks: Sequence[str], options: Sequence[str]
+) -> int:
+    """Some cells of the test in `folder`/niah: `models` by name, `options` as `python -m dass.niah` takes them."""
     sources = {
         "DASS-tiny": f"{folder / 'dass'}",
         "DASS-tiny-windows": f"{folder / 'dass'}@windows",
         "AST-sinusoidal": f"{folder / 'ast'}@sinusoidal",
         "AST-interpolated": f"{folder / 'ast'}@interpolated",
     }
-    held_out = ["--needles.set", str(data / "fsdd" / "recordings"), "--needles.label-regex", r"^(\d)_"]
-    held_out += ["--needles.holdout", r"_[0-4]\.wav$"]
-    background = data / ("esc10" if corpus == "fsdd" else "fsdd")
     arguments = [f"{name}={sources[name]}" for name in models]
-    arguments += ["--positions", "0", "0.5", "1", "--babble", str(data / "fsdd"), "--recording", str(background)]
-    arguments += held_out if corpus == "fsdd" else []
-    return niah.main(
-        [*arguments, *options, *NEEDLES, "--longest-pass", str(LONGEST_PASS), "--out", str(folder / "niah")]
-    )
+    arguments += ["--haystacks", *haystacks, "--positions", "0", "0.5", "1"]
+    arguments += ["--babble", str(data / "fsdd")] * ("babble" in haystacks)
+    arguments += ["--recording", str(data / ("fsdd" if corpus == "esc10" else "esc10"))] * ("recording" in haystacks)
+    arguments += [*options, "--longest-pass", str(LONGEST_PASS), "--out", str(folder / "niah")]
+    return niah.main(arguments)
 
 
-def cost(folder: Path, lengths: tuple[str, ...]) -> int:
-    """DASS-small with random weights: what a pass costs does not depend on them."""
+def cost(out: Path, lengths: Sequence[str]) -> int:
+    """One needle in mean-spectrum: DASS-small with random weights, on which the cost does not depend, and the AST."""
     from dass.model import DASS, DASSConfig
     from dass.synthetic import synthetic_classes
 
-    checkpoint = folder / "dass-small"
+    checkpoint = out / "needle-cost" / "dass-small"
     if not (checkpoint / "config.json").is_file():
         torch.manual_seed(0)
         names = {entry.index: entry.name for entry in synthetic_classes()}
         model = DASS(DASSConfig.small(len(names), id2label=names), front_end=asdict(LogMelConfig()))
         model.save_pretrained(checkpoint)
-    arguments = [f"DASS-small={checkpoint}", "--lengths", *lengths]
-    arguments += ["--haystacks", "mean-spectrum", "--positions", "0.5"]
-    return niah.main([*arguments, "--needles.clips", "1", "--bootstrap", "1", "--out", str(folder)])
+    fixed = ["--haystacks", "mean-spectrum", "--positions", "0.5", "--needles.clips", "1", "--bootstrap", "1"]
+    status = niah.main([f"DASS-small={checkpoint}", "--lengths", *lengths, *fixed, "--out", str(out / "needle-cost")])
+    trained = out / "needle-digits10"
+    if status or not all((trained / name / "best").is_dir() for name in ("dass", "ast")):
+        return status
+    models = [f"DASS-tiny={trained / 'dass'}", f"AST={trained / 'ast'}@interpolated"]
+    return niah.main([*models, "--lengths", *lengths, *fixed, "--out", str(out / "needle-cost-digits10")])
 
 
 def summarise(folder: Path, corpus: str) -> Path:
@@ -159,8 +180,8 @@ def summarise(folder: Path, corpus: str) -> Path:
             rows.append(row | {"error": first["error"]})
             continue
         row |= {"needles": first["clips"], "parameters": first["parameters"]}
-        for key in ("map", "chance", "retention", "retention_low", "retention_high", "top1", "seconds"):
-            values = [line[key] for line in lines]
+        for key in (*("map", "chance", "retention", "retention_low", "retention_high"), *TOP1, "seconds"):
+            values = [line.get(key) for line in lines]
             row[key] = None if None in values else float(f"{sum(values) / len(values):.4g}")
         rows.append(row | {"peak_memory_mib": round(max(line["peak_memory"] for line in lines) / 2**20, 1)})
     environment = read_json(folder / "niah" / "environment.json")
@@ -194,14 +215,12 @@ def costs(out: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: mAP kept, in %, of every model over the lengths, a line for each haystack."""
+    """Markdown: mAP kept and top-1, in %, of every model over the lengths, a line for each haystack."""
     from dass.niah_measure import describe_length
 
     lengths = [length for length in sorted({row["length"] for row in rows}) if length > 0]
     lines = ["| haystack | model | " + " | ".join(describe_length(length) for length in lengths) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(lengths))
-    best = max(row.get("map") or 0.0 for row in rows)
-    chance = {row["length"]: row["chance"] / best for row in rows if row.get("chance") is not None}
     cells = {(row["haystack"], row["model"], row["length"]): row for row in rows}
     for haystack in HAYSTACKS:
         for model in dict.fromkeys(row["model"] for row in rows):
@@ -209,31 +228,49 @@ def table(rows: list[dict]) -> str:
             for length in lengths:
                 row = cells.get((haystack, model, length))
                 kept = row.get("retention") if row else None
-                texts.append("" if row is None else row["status"] if kept is None else f"{100 * kept:.0f}")
-            lines.append(f"| {haystack} | {model} | " + " | ".join(texts) + " |")
-    lines.append("| by chance | | " + " | ".join(f"{100 * chance.get(length, 0):.0f}" for length in lengths) + " |")
+                figures = kept is not None and f"{100 * kept:.0f}, {100 * row['top1']:.0f}"
+                texts.append("" if row is None else figures or row["status"])
+            if any(texts):
+                lines.append(f"| {haystack} | {model} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=("train", "grid", "minutes", "hour", "summary", "cost"))
-    parser.add_argument("--corpus", choices=("fsdd", "esc10"), default="fsdd")
+    parser.add_argument("--corpus", choices=("digits10", "digits", "esc10"), default="digits10")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with fsdd/ and esc10/")
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--lengths", nargs="+", help="lengths of the input, for cost")
+    parser.add_argument(
+        "--models", nargs="+", choices=("dass", "ast"), default=("dass", "ast"), help="which of the two"
+    )
+    parser.add_argument("--lengths", nargs="+", default=("10s", "60s", "10min"), help="of the input, for cost")
     options = parser.parse_args()
-    folder = options.out / f"needle-{options.corpus}"
-    if options.phase == "train":
-        train(options.corpus, options.data, folder)
-        return 0
+    try:
+        return run(options, options.out / f"needle-{options.corpus}")
+    except (OSError, ValueError) as error:  # what is wrong with the data, a folder or a model, in a line
+        print(f"needle_study: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    """One phase of the study in `folder`."""
     if options.phase == "cost":
-        return cost(options.out / "needle-cost", tuple(options.lengths or ("10s", "60s", "10min")))
+        return cost(options.out, options.lengths)
     if options.phase == "summary":
         print(summarise(folder, options.corpus))
         return 0
-    for models, arguments in PHASES[options.phase]:
-        if status := run_cells(options.corpus, options.data, folder, models, *arguments):
+    missing = [name for name in ("fsdd", "esc10") if not (options.data / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{options.data} holds no {' and no '.join(missing)}; --data names the folder that does"
+        )
+    if options.phase == "train":
+        train(options.corpus, options.data, folder, options.models)
+        return 0
+    for models, haystacks, arguments in PHASES[options.phase]:
+        chosen = [name for name in models if name.split("-")[0].lower() in options.models]
+        if chosen and (status := run_cells(options.corpus, options.data, folder, chosen, haystacks, arguments)):
             return status
     return 0
 

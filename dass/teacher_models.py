@@ -147,19 +147,27 @@ class TransformersClassifier(nn.Module):
         ).save_pretrained(folder)
 
 
-def build_small_ast(classes: tuple[LabelClass, ...], front_end: LogMelConfig) -> TransformersClassifier:
-    """A small AST with random weights, for training a teacher where there is none: 0.4 million parameters.
+def build_small_ast(
+    classes: tuple[LabelClass, ...],
+    front_end: LogMelConfig,
+    *,
+    layers: int = 3,
+    intermediate: int = 256,
+    patch: int | None = None,
+) -> TransformersClassifier:
+    """A small AST of width 128 with random weights, for training where there is none: 0.4 million parameters.
 
-    Its patches do not overlap, and are 8 x 8 where that makes at most 1024 of them, otherwise 16 x 16.
+    patch: side of its patches, which do not overlap; None: 8 where that makes at most 1024 of them, otherwise 16.
     """
     from transformers import ASTConfig, ASTForAudioClassification
 
-    patch = 8 if front_end.mel_bins * front_end.frames <= 1024 * 8**2 else 16
+    if patch is None:
+        patch = 8 if front_end.mel_bins * front_end.frames <= 1024 * 8**2 else 16
     config = ASTConfig(
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=intermediate,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.05,  # the usual 0.02 suits a width of 768; at 128 almost nothing would pass the first layers
