@@ -132,7 +132,10 @@ def half_kept(lines: Sequence[dict], model: str, panel: Panel, key: str) -> str:
         if value - chance.get(seconds, 0.0) < first / 2:
             break
         kept.append((seconds, value))
-    if not kept:
+    if len(kept) < 2 <= len(points):
+        seconds, value = points[1][:2]  # of what is lost at once, how far
+        return f"none ({value:.0f} % at {describe_length(round(seconds, 2))})"
+    if not kept:  # the shortest input already no better than chance
         return "none"
     text = f"{describe_length(round(kept[-1][0], 2))} ({kept[-1][1]:.0f} %)"
     if len(kept) < len(points):
@@ -187,7 +190,7 @@ def _summary(lines: Sequence[dict]) -> str:
     return (
         '<p class="note">Longest input up to which at least half is kept of what the shortest one reaches, in the mean '
         "over positions: of the mAP (and what is kept there), and of the top-1 beyond chance (and the top-1 there); ≥: at "
-        "every length tested.</p>"
+        "every length tested; none: not at the next longer one.</p>"
         '<div class="scroll"><table><thead><tr><th class="text">model</th><th class="text">half of</th>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{_disagreements(lines)}"
     )

@@ -238,6 +238,7 @@ def test_a_torn_last_line_is_forgotten_and_another_protocol_refused(tmp_path):
     assert timeless(run_grid(tmp_path, {"m": hear})) == timeless(store)
     with pytest.raises(StoreError, match="positions was .* is .*--restart"):
         Store(tmp_path, {**FIXED, "positions": [0.0]})
+    assert Store(tmp_path, {**FIXED, "needles": "the same from elsewhere"}).lines
     assert not Store(tmp_path, {**FIXED, "positions": [0.0]}, restart=True).lines
     with pytest.raises(StoreError, match="holds no results"):
         Store(tmp_path / "empty")

@@ -125,5 +125,7 @@ def test_the_page_says_where_the_order_lasts_and_the_decision_does_not(report, t
     assert all("(100 % at the shortest input, 33 % by chance)" in text for text in found)
     assert escape(found[0]) in build_page(lines, {}, {}, {})
     assert half_kept(lines, "biased", Panel("mean-spectrum", None), "retention").startswith("≥ 2 s")
-    assert half_kept(lines, "biased", Panel("mean-spectrum", None), "top1") == "0.4 s (100 %)"
+    assert half_kept(lines, "biased", Panel("mean-spectrum", None), "top1") == "none (33 % at 1 s)"
+    deaf = [{**line, "top1": 0.0} for line in lines if line["length"] == 0]
+    assert half_kept(deaf, "biased", Panel("mean-spectrum", None), "top1") == "none"
     assert not disagreements(list(Store(report.parent).lines.values()))
