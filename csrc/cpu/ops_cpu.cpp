@@ -13,6 +13,18 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Outputs too large for the C library to keep are taken from the system anew by every call.
+constexpr size_t large_output = size_t{4} << 20;
+
+template <typename Outputs>
+const Outputs& on_huge_pages(const Outputs& outputs) {
+  const auto advise = [](const Tensor& output) {
+    if (output.nbytes() >= large_output) advise_huge_pages(output.mutable_data_ptr(), output.nbytes());
+  };
+  std::apply([&](const auto&... each) { (advise(each), ...); }, outputs);
+  return outputs;
+}
+
 std::tuple<Tensor, Tensor, Tensor> scan_forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                                                 const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                                                 const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
@@ -20,8 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(const Tensor& u, const Tensor& d
                                                 at::ScalarType out_dtype) {
   const auto call = prepare_scan_forward({u, delta, A, B, C, D, z, delta_bias, initial_state}, delta_softplus, reverse, chunk,
                                          out_dtype);
+  const auto outputs = on_huge_pages(call.outputs());
   if (!kernels().scan_forward(call.prepared.arguments)) scan_forward_any(call.prepared.arguments);
-  return call.outputs();
+  return outputs;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
@@ -31,8 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     int64_t chunk) {
   const auto call = prepare_scan_backward(d_out, d_last_state, {u, delta, A, B, C, D, z, delta_bias, initial_state},
                                           boundary_states, delta_softplus, reverse, chunk);
+  const auto outputs = on_huge_pages(call.outputs());
   if (!kernels().scan_backward(call.prepared.arguments)) scan_backward_any(call.prepared.arguments);
-  return call.outputs();
+  return outputs;
 }
 
 // The kernels for any size know one layout of a map.
@@ -44,6 +58,7 @@ std::tuple<Tensor, Tensor> ss2d_forward(const Tensor& x, const Tensor& x_dbl, co
                                         const Tensor& A_logs, const Tensor& Ds, int64_t chunk, at::ScalarType out_dtype) {
   const Ss2dInputs inputs{x, x_dbl, dt_weight, dt_bias, A_logs, Ds};
   auto call = prepare_ss2d_forward(inputs, chunk, out_dtype, true);
+  on_huge_pages(call.outputs());
   if (kernels().ss2d_forward(call.prepared.arguments)) return call.outputs();
   call = prepare_ss2d_forward(inputs, chunk, out_dtype);
   ss2d_forward_any(call.prepared.arguments);
@@ -58,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ss2d_backward(const T
                                                                          int64_t chunk) {
   const Ss2dInputs inputs{x, x_dbl, dt_weight, dt_bias, A_logs, Ds};
   auto call = prepare_ss2d_backward(d_y, inputs, boundary_states, chunk, true);
+  on_huge_pages(call.outputs());
   if (kernels().ss2d_backward(call.prepared.arguments)) return call.outputs();
   call = prepare_ss2d_backward(d_y, inputs, boundary_states, chunk);
   ss2d_backward_any(call.prepared.arguments);
