@@ -30,6 +30,8 @@ class Backend(str, enum.Enum):
 # backward of a backend reads what its own forward saved.
 SUFFIX = {Backend.CPU: "", Backend.CUDA: "", Backend.TRITON: "_triton", Backend.EMULATED: "_emulated"}
 CHUNK = {Backend.CPU: 256, Backend.CUDA: 256, Backend.TRITON: 128, Backend.EMULATED: 256}
+# The same where a channel has more than one state.
+STATES_CHUNK = {**CHUNK, Backend.CPU: 64}
 # The same for maps. The CUDA kernels find the states inside a map anew: one chunk, entered by zeros.
 WHOLE_MAP = 1 << 40
 MAP_CHUNK = {**CHUNK, Backend.CUDA: WHOLE_MAP, Backend.EMULATED: WHOLE_MAP}

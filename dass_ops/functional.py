@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import CHUNK, MAP_CHUNK, SUFFIX, Backend, resolve
+from .backends import CHUNK, MAP_CHUNK, STATES_CHUNK, SUFFIX, Backend, resolve
 from .registration import operator, project, state_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -291,7 +291,7 @@ def _scan(
         *inputs,
         delta_softplus=delta_softplus,
         reverse=list(reverse),
-        chunk=_chunk(CHUNK[backend], *inputs),
+        chunk=_chunk((CHUNK if A.shape[-1] == 1 else STATES_CHUNK)[backend], *inputs),
         out_dtype=_kernel_out(out_dtype, io),
     )
     return _to(out, out_dtype), last_state

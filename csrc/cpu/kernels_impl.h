@@ -14,6 +14,7 @@
 #include "cpu/ss2d_forward.h"
 #include "cpu/ss2d_backward.h"
 #include "cpu/scan_lanes.h"
+#include "cpu/scan_lanes_backward.h"
 
 namespace dass::cpu {
 namespace {
@@ -27,7 +28,10 @@ bool scan_forward(const ScanForward& f) {
   if (!fits(f.sizes)) return false;
   return lanes_fit(f.sizes, f.B, f.C) ? scan_forward_lanes(f) : scan_forward_rows(f);
 }
-bool scan_backward(const ScanBackward& f) { return fits(f.sizes) && scan_backward_rows(f); }
+bool scan_backward(const ScanBackward& f) {
+  if (!fits(f.sizes)) return false;
+  return lanes_fit_backward(f.sizes, f.B, f.C) ? scan_backward_lanes(f) : scan_backward_rows(f);
+}
 
 bool fits(const Ss2dSizes& sizes) {
   return sizes.io != Dtype::float64 && sizes.chunk <= 256 && sizes.chunk % 16 == 0 && sizes.state > 0 && sizes.batch > 0 &&

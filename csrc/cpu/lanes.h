@@ -35,15 +35,17 @@ struct alignas(64) Stretches {
 };
 
 // Rows of `channels` <= W channels, `stride` elements apart, as lane tiles; absent channels are 0. `emit(p, x)` gets each position.
+// `ahead`: how many elements from here that lies which will be wanted next, to be fetched meanwhile.
 template <typename Emit>
-inline void rows_to_lanes(Dtype type, const void* rows, int64_t stride, int64_t channels, int64_t n, Emit emit) {
+inline void rows_to_lanes(Dtype type, const void* rows, int64_t stride, int64_t channels, int64_t n, Emit emit,
+                          int64_t ahead = stretch) {
   Stretches s;
   for (int64_t c = channels; c < W; ++c) fill_row(s.row[c], 0.0f, stretch);
   for (int64_t begin = 0; begin < n; begin += stretch) {
     const int64_t length = smaller_of(stretch, n - begin), padded = round_up(length, W);
     for (int64_t c = 0; c < channels; ++c) {
       const void* from = element(type, rows, c * stride + begin);
-      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, from, stretch + i), 0, 2);
+      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, from, ahead + i), 0, 2);
       load_row(type, from, s.row[c], length, padded);
     }
     for (int64_t p = 0; p < padded; p += W) {
@@ -64,7 +66,8 @@ inline void rows_to_lanes(Dtype type, const void* rows, int64_t stride, int64_t 
 
 // The other way; `fetch(p)` gives each position and finish(c, begin, row, length) sees a stretch of each row before it is stored.
 template <typename Fetch, typename Finish>
-inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch, Finish finish) {
+inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch, Finish finish,
+                          int64_t ahead = stretch) {
   Stretches s;
   for (int64_t begin = 0; begin < n; begin += stretch) {
     const int64_t length = smaller_of(stretch, n - begin), padded = round_up(length, W);
@@ -80,15 +83,16 @@ inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channe
     for (int64_t c = 0; c < channels; ++c) {
       finish(c, begin, s.row[c], length);
       void* to = element(type, rows, c * stride + begin);
-      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, to, stretch + i), 1, 2);
+      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, to, ahead + i), 1, 2);
       store_row(type, to, s.row[c], length);
     }
   }
 }
 
 template <typename Fetch>
-inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch) {
-  lanes_to_rows(type, rows, stride, channels, n, fetch, [](int64_t, int64_t, float*, int64_t) {});
+inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch,
+                          int64_t ahead = stretch) {
+  lanes_to_rows(type, rows, stride, channels, n, fetch, [](int64_t, int64_t, float*, int64_t) {}, ahead);
 }
 
 // Maps of `channels` <= W channels as lane tiles, and back. They lie in rows, `channel` elements apart (position == 1), or with the

@@ -17,13 +17,14 @@ bool lanes_fit(const ScanSizes& sizes, const Projection& B, const Projection& C)
 
 struct PackedProjections {
   const ScanSizes& sizes;
-  int64_t units, numbers;  // of a step: N of B, N of C
-  Buffer buffer;           // (batch, K, units, L, 2N)
+  int64_t units, numbers;  // of a step: those of B, those of C
+  Buffer buffer;           // (batch, K, units, L, 2 states)
 
-  PackedProjections(const ScanSizes& sizes, const Projection& B, const Projection& C)
+  // `states`: N, or more; the others are 0.
+  PackedProjections(const ScanSizes& sizes, const Projection& B, const Projection& C, int64_t states)
       : sizes(sizes),
         units(units_of(B, C)),
-        numbers(2 * sizes.state),
+        numbers(2 * states),
         buffer(4 * sizes.batch * sizes.directions * units * sizes.length * numbers) {
     constexpr int64_t steps = 1024;
     const int64_t parts = divide_up(sizes.length, steps), K = sizes.directions, N = sizes.state;
@@ -34,11 +35,11 @@ struct PackedProjections {
         const int64_t group = bku % units / (units / p->groups);
         const void* from = element(sizes.io, p->data, bku / units / K * p->batch + bku / units % K * p->direction +
                                                           group * p->group + begin);
-        float* to = buffer.floats() + (bku * sizes.length + begin) * numbers + (p == &C ? N : 0);
+        float* to = buffer.floats() + (bku * sizes.length + begin) * numbers + (p == &C ? states : 0);
         for (int64_t state = 0; state < N; state += W) {
-          const int64_t count = smaller_of(W, N - state);
+          const int64_t count = smaller_of(W, N - state), stored = smaller_of(W, states - state);
           rows_to_lanes(sizes.io, element(sizes.io, from, state * p->state), p->state, count, n,
-                        [&](int64_t l, V x) { store_part(to + l * numbers + state, x, static_cast<int>(count)); });
+                        [&](int64_t l, V x) { store_part(to + l * numbers + state, x, static_cast<int>(stored)); });
         }
       }
     });
@@ -117,12 +118,14 @@ void forward_block(const ScanForward& f, const PackedProjections& packed, const 
   float* boundary = static_cast<float*>(f.boundary_states) + sequence * sizes.chunks * N;
   const int64_t tiles = divide_up(L, steps);
   const bool kept = sizes.shared && !(first && last);
+  constexpr int64_t ahead = reversed ? -steps : steps;
   for (int64_t walked = 0; walked < tiles; ++walked) {
     const int64_t begin = (reversed ? tiles - 1 - walked : walked) * steps, n = smaller_of(steps, L - begin), end = begin + n;
     if (sizes.chunk != 0 && (reversed ? end == L || end % sizes.chunk == 0 : begin % sizes.chunk == 0))
-      store_states(states, sizes.chunks * N, at.channels, N, boundary + begin / sizes.chunk * N);
+      lanes_to_rows(Dtype::float32, boundary + begin / sizes.chunk * N, sizes.chunks * N, at.channels, N,
+                    [&](int64_t state) { return load(states + state * W); });
     rows_to_lanes(sizes.io, element(sizes.io, rows_of(sizes.io, f.delta, at), begin), f.delta.channel, at.channels, n,
-                  [&](int64_t l, V x) { store(t.dtu + l * W, x + bias); });
+                  [&](int64_t l, V x) { store(t.dtu + l * W, x + bias); }, ahead);
     if (sizes.delta_softplus)
       step_sizes_of_lanes(t.dtu, t.dt, n);
     else
@@ -131,7 +134,8 @@ void forward_block(const ScanForward& f, const PackedProjections& packed, const 
                   [&](int64_t l, V x) {
                     store(t.dtu + l * W, load(t.dt + l * W) * x);
                     store(t.y + l * W, x * skip);
-                  });
+                  },
+                  ahead);
     const float *B = packed.at(at.b, at.k, at.unit) + begin * numbers, *C = B + N;
     int64_t state = 0;
     const auto run = [&](auto walk, int together) {
@@ -156,16 +160,16 @@ void forward_block(const ScanForward& f, const PackedProjections& packed, const 
       }
     };
     if (kept && !last)
-      lanes_to_rows(Dtype::float32, sum + begin, L, at.channels, n, fetch, finish);
+      lanes_to_rows(Dtype::float32, sum + begin, L, at.channels, n, fetch, finish, ahead);
     else
-      lanes_to_rows(sizes.out, element(sizes.out, f.out, out), L, at.channels, n, fetch, finish);
+      lanes_to_rows(sizes.out, element(sizes.out, f.out, out), L, at.channels, n, fetch, finish, ahead);
   }
   store_states(states, N, at.channels, N, static_cast<float*>(f.last_state) + sequence * N);
 }
 
 bool scan_forward_lanes(const ScanForward& f) {
   const ScanSizes& sizes = f.sizes;
-  const PackedProjections packed(sizes, f.B, f.C);
+  const PackedProjections packed(sizes, f.B, f.C, sizes.state);
   const int64_t units = packed.units, per_unit = sizes.channels / units, blocks = divide_up(per_unit, W), outputs = sizes.outputs();
   // Sums over directions are kept in out itself where it is long enough.
   const bool apart = sizes.shared && sizes.out != Dtype::float32;

@@ -150,6 +150,15 @@ def test_summed_directions_do_not_depend_on_threads(backend):
             same(runs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_summed_directions_in_lanes(dtype, backend):
+    """Enough channels to fill vectors with them in every instruction set."""
+    from .test_bidirectional_scan import inputs_of
+
+    case = ScanCase(batch=1, channels=21, length=150, state=5, initial_state=True, last_state=True)
+    check_scan(case, dtype, backend, function=bidirectional_scan, inputs=inputs_of(case, dtype))
+
+
 @pytest.mark.parametrize("case", [*MAPS, MapCase(batch=1, channels=70, height=16, width=24)], ids=str)
 def test_maps_do_not_depend_on_threads(case, backend):
     """Few blocks of channels: each direction is a task of its own as soon as there are threads for it."""
