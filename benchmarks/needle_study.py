@@ -34,7 +34,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parent / "results"
 HAYSTACKS = ("mean-spectrum", "silence", "white", "pink", "babble", "recording", "other-clips")
 LONGEST_PASS = 60.0  # s; an AST's at 1 h is expected to take more, and is recorded as too slow
-TOP1 = ("top1", "top1_low", "top1_high", "top1_chance")
+TOP1 = ("top1", "top1_low", "top1_high", "top1_chance", "centred")
 KINDS = {  # what --models chooses among
     "dass": ("DASS-tiny",),
     "ast": ("AST-sinusoidal", "AST-interpolated"),

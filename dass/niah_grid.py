@@ -30,6 +30,7 @@ from dass.niah_store import BROKEN, DONE, OK, Group, GroupScores, Store
 OUT_OF_MEMORY, ERROR, CRASHED, TOO_SLOW = "out of memory", "error", "crashed", "too slow"
 PUBLISHED_FRAMES = 1024  # of a needle for a model that names no trained length
 NOT_LOADED = ""  # identity of a model that could not be loaded
+FIGURES = ("map", "top1", "centred", "retention")  # each with its interval in a line
 NEEDLE_ALONE = 0.0  # a length: the needle without any haystack
 
 
@@ -155,14 +156,14 @@ class Grid:
         self._refresh_retention(model, match)
 
     def _refresh_retention(self, model: NiahModel, match: ClassMatch) -> None:
-        """New lines for cells whose retention refers to another than the shortest length, where one was added later, and
-        for those of whose needles not all had been heard at the shortest length."""
+        """New lines for cells whose retention refers to another than the shortest length, where one was added later, for
+        those of whose needles not all had been heard at the shortest length, and for lines that lack a figure."""
         shortest = self._shortest(model.name)
         stale = {
             Group(model.name, line["length"], line["haystack"], line["snr"])
             for line in self.store.lines.values()
             if (line["model"], line["model_id"], line["status"]) == (model.name, model.identity, OK)
-            and (line["retention_of"] != shortest or line["retention"] is None)
+            and (line["retention_of"] != shortest or line["retention"] is None or not line.keys() >= {*FIGURES})
         }
         for group in sorted(stale, key=lambda group: group.id):
             self._finish(group, model, match, self._scores(group, model, match))
@@ -307,7 +308,7 @@ class Grid:
             )
             seconds, memory = scores.cost[rows, number].T
             line = self._line(group, position, model.identity, OK, model)
-            for name in ("map", "top1", "retention"):
+            for name in FIGURES:
                 estimate = getattr(figures, name)
                 line |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
             line |= {

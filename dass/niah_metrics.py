@@ -1,4 +1,5 @@
-"""Figures of a cell from the scores of its clips: mAP, top-1 and retention, each with a bootstrap interval.
+"""Figures of a cell from the scores of its clips: mAP, top-1, top-1 of the centred scores and retention, each with a
+bootstrap interval.
 
 The bootstrap draws whole clips with replacement. A draw is a row of counts, and average precision with counts as weights
 is that of the drawn clips; so a thousand draws are one cumulative sum. Two cells share their draws, which makes the
@@ -82,6 +83,15 @@ def top1_hits(scores: Array, target: Array) -> Array:
     return target[np.arange(len(scores)), scores.argmax(axis=1)]
 
 
+def centred(scores: Array) -> Array:
+    """Scores (clips, classes) less each class's mean over the clips: what a needle adds to what all inputs share.
+
+    The longer an input, the more its scores are the haystack's own, which favour one class whatever the needle is; a
+    head that averages over time makes the needle's part small but not less right.
+    """
+    return scores - scores.mean(axis=0, keepdims=True)
+
+
 def interval(value: float, sample: Array, level: float = 0.95) -> Estimate:
     """The value with the percentile interval of its bootstrap sample."""
     sample = sample[np.isfinite(sample)]
@@ -95,11 +105,13 @@ def interval(value: float, sample: Array, level: float = 0.95) -> Estimate:
 class CellFigures:
     """What a cell comes to: `map` and `top1` in [0, 1], `retention` relative to the reference (1 = nothing lost).
 
+    centred: `top1` of the centred scores; undefined for fewer than two clips.
     chance, retention_chance, top1_chance: what map, retention and top1 would be for scores that know nothing.
     """
 
     map: Estimate
     top1: Estimate
+    centred: Estimate
     retention: Estimate
     chance: float
     retention_chance: float
@@ -115,13 +127,17 @@ def cell_figures(
     """
     undefined = Estimate(math.nan, math.nan, math.nan)
     if not len(scores):
-        return CellFigures(undefined, undefined, undefined, math.nan, math.nan, math.nan)
+        return CellFigures(undefined, undefined, undefined, undefined, math.nan, math.nan, math.nan)
     target = target.astype(bool)
     counts = draw_counts(len(scores), draws, seed)
     itself = np.ones((1, len(scores)), np.int16)
     value, sample = (mean_average_precision(scores, target, rows) for rows in (itself, counts))
-    hits = top1_hits(scores, target).astype(np.float64)
-    top1 = interval(float(hits.mean()), counts @ hits / len(hits))
+    shares = []
+    for given in (scores, centred(scores)):
+        hits = top1_hits(given, target).astype(np.float64)
+        shares.append(interval(float(hits.mean()), counts @ hits / len(hits)))
+    if len(scores) < 2:
+        shares[1] = undefined
     retention, chance, retention_chance = undefined, chance_precision(target), math.nan
     if reference is not None:
         base, base_sample = (mean_average_precision(reference, target, rows) for rows in (itself, counts))
@@ -130,5 +146,5 @@ def cell_figures(
             retention_chance = float(chance / base[0])
     # Every class is as likely to have the highest score.
     return CellFigures(
-        interval(float(value[0]), sample), top1, retention, chance, retention_chance, float(target.mean())
+        interval(float(value[0]), sample), *shares, retention, chance, retention_chance, float(target.mean())
     )

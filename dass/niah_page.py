@@ -60,6 +60,8 @@ COLUMNS = (  # title, key, how it is written, whether it is text
     ("95 % interval", "retention_low", None, False),
     ("top-1 [%]", "top1", lambda v: f"{100 * v:.1f}", False),
     ("95 % interval", "top1_low", None, False),
+    ("centred top-1 [%]", "centred", lambda v: f"{100 * v:.1f}", False),
+    ("95 % interval", "centred_low", None, False),
     ("needles", "clips", str, False),
     ("time [s]", "seconds", lambda v: f"{v:.3g}", False),
     ("peak memory [MiB]", "peak_memory", lambda v: f"{v / 2**20:,.1f}", False),
@@ -99,8 +101,10 @@ def build_page(
 <p class="note">{escape(str(environment.get("needles", needles)))} needles: {escape(str(protocol.get("needles", "?")))}.
 A needle is a clip as long as those the model was trained on; it begins at the given part of the input's length and the
 model classifies the whole input in one pass. mAP is over the classes that the needles have; what is kept is relative to
-the same needles at the shortest length; intervals are 95 % bootstrap intervals over needles, paired for the ratio. By
-chance: what scores that know nothing would reach on average, the more the fewer the needles are.</p>
+the same needles at the shortest length; intervals are 95 % bootstrap intervals over needles, paired for the ratio. Top-1:
+the share of needles one of whose classes has the highest score; centred: after each class's mean score over the needles of
+the cell is subtracted, which takes away what the haystack adds to all. By chance: what scores that know nothing would
+reach on average, the more the fewer the needles are.</p>
 <h2>How long an input may be</h2>{_summary(lines)}
 <h2>Pictures</h2>{shown}
 <h2>Every cell</h2>
@@ -151,7 +155,10 @@ def disagreements(lines: Sequence[dict]) -> list[str]:
     for model in models_of(lines):
         for panel in panels_of(lines):
             decided = curve_points(lines, model, panel, "top1")
-            kept = {seconds: value for seconds, value, _, _ in curve_points(lines, model, panel, "retention")}
+            kept, centred = (
+                {seconds: value for seconds, value, _, _ in curve_points(lines, model, panel, key)}
+                for key in ("retention", "centred")
+            )
             chance, floor = (dict(chance_points(lines, panel, f"{key}_chance")) for key in ("top1", "retention"))
             for seconds, value, _, _ in decided[1:]:
                 guessed = chance.get(seconds, 0.0)
@@ -161,6 +168,7 @@ def disagreements(lines: Sequence[dict]) -> list[str]:
                         f"{model}, {panel.title}, {describe_length(round(seconds, 2))}: {kept[seconds]:.0f} % of the mAP "
                         f"is kept, but the highest score is the needle's for {value:.0f} % of the needles only "
                         f"({decided[0][1]:.0f} % at the shortest input, {guessed:.0f} % by chance)"
+                        + (f"; centred: {centred[seconds]:.0f} %" if seconds in centred else "")
                     )
                     break
     return found
@@ -173,7 +181,8 @@ def _disagreements(lines: Sequence[dict]) -> str:
     return (
         '<h2>Where mAP flatters</h2><p class="note">mAP orders the inputs by the score of one class after another. Where '
         "the haystack adds the same to that score in every input, the order lasts while another class has the highest "
-        f"score in all of them. The shortest inputs at which that is seen:</p><ul>{items}</ul>"
+        "score in all of them. What is left once each class's mean score over the needles is subtracted stands last "
+        f"(centred top-1). The shortest inputs at which that is seen:</p><ul>{items}</ul>"
     )
 
 

@@ -107,11 +107,15 @@ def draw_retention(lines: Sequence[dict]) -> Figure:
 
 
 def draw_decisions(lines: Sequence[dict]) -> Figure:
-    """Top-1 over length, as `draw_retention`: mAP ranks the inputs, this asks what is decided for each."""
-    return _draw_curves(lines, "top1", "top-1: the needle's score is the highest [%]")
+    """Top-1 over length, as `draw_retention`: mAP ranks the inputs, this asks what is decided for each. Dotted: top-1 of
+    the centred scores."""
+    return _draw_curves(lines, "top1", "top-1: the needle's score is the highest [%]", beside="centred")
 
 
-def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = False) -> Figure:
+def _draw_curves(
+    lines: Sequence[dict], key: str, label: str, published: bool = False, beside: str | None = None
+) -> Figure:
+    """beside: another figure of each model, a dotted line in its colour."""
     models, panels = models_of(lines), panels_of(lines)
     figure, axes = _panels(len(panels), 3.7, 3.1, share=True)
     longest = max((line.get("input_seconds") or line["length"] for line in lines), default=1.0)
@@ -123,6 +127,8 @@ def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = 
                 seconds, value, low, high = np.array(points).T
                 axis.plot(seconds, value, color=color, marker="o", markersize=4, label=model)
                 axis.fill_between(seconds, low, high, color=color, alpha=0.15, linewidth=0)
+            if beside and (points := curve_points(lines, model, panel, beside)):
+                axis.plot(*np.array(points).T[:2], color=color, linestyle=":", marker=".", markersize=4)
             for line in failures(lines, model, panel)[:1]:
                 x = line["input_seconds"]
                 axis.plot(x, 2, marker="X", color=color, markersize=8, clip_on=False)
@@ -148,6 +154,10 @@ def _draw_curves(lines: Sequence[dict], key: str, label: str, published: bool = 
         axis.grid(alpha=0.25)
     _label(axes, "length of the input", label)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if beside:
+        from matplotlib.lines import Line2D
+
+        handles["dotted: after each class's mean score is subtracted"] = Line2D([], [], color="grey", linestyle=":")
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4) or 1, fontsize=8
     )
@@ -215,7 +225,7 @@ def curve_points(lines: Iterable[dict], model: str, panel: Panel, key: str) -> l
     by_length: dict[float, list[dict]] = {}
     for line in lines:
         mine = (line["model"], line["haystack"], line["snr"]) == (model, panel.haystack, panel.snr)
-        if mine and line["status"] == OK and line[key] is not None:
+        if mine and line["status"] == OK and line.get(key) is not None:
             by_length.setdefault(line["input_seconds"], []).append(line)
     return [
         (

@@ -19,7 +19,8 @@ COLUMNS = (
     *("model", "haystack", "snr", "length", "position", "status", "frames", "input_seconds", "clips", "broken"),
     *("classes", "map", "map_low", "map_high", "retention", "retention_low", "retention_high", "retention_of"),
     *("chance", "retention_chance", "top1_chance"),
-    *("top1", "top1_low", "top1_high", "seconds", "seconds_worst", "peak_memory", "parameters", "model_id", "finished"),
+    *("top1", "top1_low", "top1_high", "centred", "centred_low", "centred_high"),
+    *("seconds", "seconds_worst", "peak_memory", "parameters", "model_id", "finished"),
     "error",
 )
 

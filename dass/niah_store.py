@@ -138,7 +138,9 @@ class Store:
         self.lines = self._read_lines()
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        compared = sorted(({*stored} & {*self.protocol}) - {"needles"})  # only says where those of the identity are from
+        compared = sorted(
+            ({*stored} & {*self.protocol}) - {"needles"}
+        )  # only says where those of the identity are from
         different = [key for key in compared if stored[key] != self.protocol[key]]
         if different:
             changes = "; ".join(f"{key} was {stored[key]!r}, is {self.protocol[key]!r}" for key in different)

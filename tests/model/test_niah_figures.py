@@ -51,6 +51,9 @@ def test_figures_of_a_cell():
     assert figures.retention.value == pytest.approx(figures.map.value / cell_figures(good, target, None).map.value)
     assert figures.retention.low < figures.retention.value < figures.retention.high < 1
     assert figures.top1.value == (bad.argmax(1) == np.arange(60) % 4).mean()
+    biased = cell_figures(good + np.array([0, 0, 9, 0]), target, good)
+    assert biased.top1.value == 0.25 and biased.centred.value == cell_figures(good, target, None).centred.value > 0.9
+    assert biased.retention.value == 1, "the order does not see what is the same for all"
     assert figures.top1_chance == 0.25, "of four classes, each clip having one"
     same = cell_figures(good, target, good)
     assert (same.retention.value, same.retention.low, same.retention.high) == (1, 1, 1), "the draws are paired"
@@ -58,6 +61,7 @@ def test_figures_of_a_cell():
     assert np.isnan(cell_figures(good[:0], target[:0], None).map.value)
     single = cell_figures(good[:1], target[:1], None)
     assert np.isnan(single.map.value) and single.top1.value in (0, 1), "one clip has no order"
+    assert np.isnan(single.centred.value)
 
 
 @given(st.integers(2, 5), st.data())

@@ -1,5 +1,6 @@
 """Needle in a haystack: the grid, its resumption and failures, the folder of results."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -223,6 +224,18 @@ def test_a_cell_may_get_more_needles_later(tmp_path):
     assert timeless(store) == timeless(run_grid(tmp_path / "at-once", {"m": hear}, few(5)))
     again = run_grid(tmp_path, {"m": counting}, few(3))
     assert timeless(again) == timeless(store) and len(heard) == before + 36
+
+
+def test_lines_that_lack_a_figure_are_completed_without_a_pass(tmp_path):
+    store = run_grid(tmp_path, {"m": hear})
+    path = tmp_path / "results.jsonl"
+    older = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "centred"}) + "\n" for line in older))
+
+    def never(fbank):
+        raise AssertionError("all is there")
+
+    assert timeless(run_grid(tmp_path, {"m": never})) == timeless(store)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
