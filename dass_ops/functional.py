@@ -64,13 +64,17 @@ def selective_scan(
     Raises:
         ValueError: a shape, dtype or device that does not fit; RuntimeError: a backend that cannot run here.
     """
+    flags = (reverse,) if isinstance(reverse, bool) else tuple(bool(r) for r in reverse)
+    if out_dtype is None and not torch.compiler.is_compiling():
+        plain = _plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, flags, backend)
+        if plain:
+            return tuple(plain) if return_last_state else plain[0]
     _expect_axes(u, "u", 3, "(batch, channels, length)")
     batch, channels, length = u.shape
     _expect_shape(delta, "delta", (batch, channels, length), "u's shape")
     _expect_axes(A, "A", 2, "(channels, state)")
     _expect_shape(A, "A", (channels, A.shape[1]), "(channels, state)")
     state = A.shape[1]
-    flags = (reverse,) if isinstance(reverse, bool) else tuple(bool(r) for r in reverse)
     directions = len(flags)
     if directions == 0 or channels % directions:
         raise ValueError(f"reverse has {directions} flags; expected a divisor of the {channels} channels.")
@@ -295,6 +299,17 @@ def _scan(
         out_dtype=_kernel_out(out_dtype, io),
     )
     return _to(out, out_dtype), last_state
+
+
+def _plain_scan(*arguments) -> list[Tensor]:
+    """(out, last_state) in one step, by csrc/plain_scan.cpp; nothing where selective_scan has to look closer."""
+    *tensors, delta_softplus, reverse, backend = arguments
+    if type(tensors[0]) is not Tensor or not all(t is None or isinstance(t, Tensor) for t in tensors):
+        return []
+    backend = resolve(tensors[0].device.type, backend)
+    if SUFFIX.get(backend) != "" or any(t is None for t in tensors[:5]):
+        return []
+    return operator("plain_selective_scan")(*tensors, delta_softplus, reverse, CHUNK[backend])
 
 
 def _reference_ss2d(x, x_dbl, parameters, out_dtype):
