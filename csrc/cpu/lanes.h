@@ -11,7 +11,15 @@ namespace {
 inline void transpose_square(V* r) {  // r[i] lane j <-> r[j] lane i
 #pragma GCC unroll 4
   for (int i = 0; i < W; i += 4) transpose4(r[i], r[i + 1], r[i + 2], r[i + 3]);
-  exchange_pieces(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    V four[W / 4];
+#pragma GCC unroll 4
+    for (int g = 0; g < W / 4; ++g) four[g] = r[4 * g + i];
+    transpose_pieces(four);
+#pragma GCC unroll 4
+    for (int g = 0; g < W / 4; ++g) r[4 * g + i] = four[g];
+  }
 }
 
 // Lane i: the sum over the lanes of the i-th of W vectors.
@@ -138,8 +146,7 @@ inline void scatter_lanes(V x, float* to, int64_t stride, int64_t channels) {
 
 // dt = softplus(v) of n steps; the second form leaves its slope in v.
 inline void step_sizes_of_lanes(const float* v, float* dt, int64_t n) {
-  for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));
-  for (int64_t i = 0; i < n * W; i += W) store(dt + i, softplus_from(load(v + i), load(dt + i)));
+  softplus_row(v, 0.0f, dt, n * W, Ahead{});
 }
 inline void step_sizes_and_slopes(float* v, float* dt, int64_t n) {
   for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));

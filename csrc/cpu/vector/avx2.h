@@ -88,14 +88,10 @@ inline V before_each_group(V x, V carry) {
   return _mm256_blend_ps(_mm256_permutevar8x32_ps(x, from), carry, reversed ? 0x80 : 0x01);
 }
 
-// A W x W transposition is 4x4 within pieces (transpose4), then this between the vectors of equal place in their four.
-inline void exchange_pieces(V* r) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const V low = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20), high = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
-    r[i] = low;
-    r[4 + i] = high;
-  }
+inline void transpose_pieces(V* r) {
+  const V low = _mm256_permute2f128_ps(r[0], r[1], 0x20), high = _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  r[0] = low;
+  r[1] = high;
 }
 
 inline V sum_pieces(const V* z) {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #define DASS_VECTOR_TABLE  // 16 entries looked up in a register
+#define DASS_VECTOR_REMAINDER  // x - nearest(x), 0 where x is infinite, in an instruction
 
 namespace dass::cpu {
 namespace {
@@ -26,6 +27,7 @@ inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
 inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V negative_magnitude(V x) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN))); }
 inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V remainder(V x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V times_power_of_two(V p, V n) { return _mm512_scalef_ps(p, n); }
 inline V reciprocal(V x) {
   const V r = _mm512_rcp14_ps(x);
@@ -34,8 +36,18 @@ inline V reciprocal(V x) {
 inline V where_not_negative(V x, V a, V b) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), a, b);
 }
-inline __m512i table_index(V x) { return _mm512_cvtps_epi32(x); }
-inline V table(const float* entries, __m512i index) { return _mm512_permutexvar_ps(index, _mm512_load_ps(entries)); }
+inline V table(const float* entries, V index) {  // by the lowest four bits of each lane
+  return _mm512_permutexvar_ps(_mm512_castps_si512(index), _mm512_load_ps(entries));
+}
+inline V magnitude(V x) { return _mm512_abs_ps(x); }
+// Of numbers that are not negative as their bits are ordered: NaN is the largest. Integer operations have more pipes than others.
+inline V larger_bits(V a, V b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+inline bool any_beyond(V x, float limit) { return _mm512_cmp_ps_mask(x, all(limit), _CMP_NLE_UQ) != 0; }
+inline V where_beyond(V x, float limit, V a, V b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, all(limit), _CMP_NLE_UQ), b, a);
+}
 
 inline V load_bfloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(
@@ -82,16 +94,13 @@ inline V before_each_group(V x, V carry) {
   return _mm512_permutex2var_ps(x, from, carry);
 }
 
-inline void exchange_pieces(V* r) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const V x0 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x44), x1 = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xee);
-    const V x2 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x44), x3 = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xee);
-    r[i] = _mm512_shuffle_f32x4(x0, x2, 0x88);
-    r[4 + i] = _mm512_shuffle_f32x4(x0, x2, 0xdd);
-    r[8 + i] = _mm512_shuffle_f32x4(x1, x3, 0x88);
-    r[12 + i] = _mm512_shuffle_f32x4(x1, x3, 0xdd);
-  }
+inline void transpose_pieces(V* r) {
+  const V x0 = _mm512_shuffle_f32x4(r[0], r[1], 0x44), x1 = _mm512_shuffle_f32x4(r[0], r[1], 0xee);
+  const V x2 = _mm512_shuffle_f32x4(r[2], r[3], 0x44), x3 = _mm512_shuffle_f32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_f32x4(x0, x2, 0x88);
+  r[1] = _mm512_shuffle_f32x4(x0, x2, 0xdd);
+  r[2] = _mm512_shuffle_f32x4(x1, x3, 0x88);
+  r[3] = _mm512_shuffle_f32x4(x1, x3, 0xdd);
 }
 
 inline V sum_pieces(const V* z) {

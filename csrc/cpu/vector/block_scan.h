@@ -52,9 +52,9 @@ struct Effect {
   V P, q;
 };
 
-// Of a block as runs. "First f then g" is (a_g a_f, a_g b_f + b_g).
+// What each of a block's runs does to the state: "first f then g" is (a_g a_f, a_g b_f + b_g).
 template <bool reversed>
-inline Effect compose(const Block& a, const Block& b) {
+inline Effect compose_runs(const Block& a, const Block& b) {
   constexpr int first = reversed ? 3 : 0, step = reversed ? -1 : 1;
   V P = a.v[first], q = b.v[first];
 #pragma GCC unroll 4
@@ -62,6 +62,13 @@ inline Effect compose(const Block& a, const Block& b) {
     q = fma(a.v[first + i * step], q, b.v[first + i * step]);
     P = a.v[first + i * step] * P;
   }
+  return {P, q};
+}
+
+// Of a block as runs.
+template <bool reversed>
+inline Effect compose(const Block& a, const Block& b) {
+  auto [P, q] = compose_runs<reversed>(a, b);
   P = groups_in_order(P);
   q = groups_in_order(q);
   compose_step<1, reversed>(P, q);
@@ -69,6 +76,39 @@ inline Effect compose(const Block& a, const Block& b) {
   if constexpr (W > 4) compose_step<4, reversed>(P, q);
   if constexpr (W > 8) compose_step<8, reversed>(P, q);
   return {P, q};
+}
+
+// W / 4 blocks, a square of W vectors, at once: the states that enter their runs, from the runs' effects, and the carry moves on.
+// Turning the pieces of the effects as well leaves one log-step scan, over the W vectors, instead of one in each block.
+constexpr int square_blocks = W / 4;
+
+template <bool reversed>
+inline void enter_square(const Effect* runs, V* entering, V& carry) {
+  constexpr int first = reversed ? square_blocks - 1 : 0, step = reversed ? -1 : 1;
+  V P[square_blocks], q[square_blocks], h[square_blocks];
+#pragma GCC unroll 4
+  for (int i = 0; i < square_blocks; ++i) P[i] = runs[i].P, q[i] = runs[i].q;
+  transpose_pieces(P);
+  transpose_pieces(q);
+  V a = P[first], b = q[first];
+#pragma GCC unroll 4
+  for (int i = 1; i < square_blocks; ++i) {
+    b = fma(P[first + i * step], b, q[first + i * step]);
+    a = P[first + i * step] * a;
+  }
+  compose_step<1, reversed>(a, b);
+  compose_step<2, reversed>(a, b);
+  if constexpr (W > 4) compose_step<4, reversed>(a, b);
+  if constexpr (W > 8) compose_step<8, reversed>(a, b);
+  const V after = fma(a, carry, b);
+  h[first] = shift<1, reversed>(after, carry);
+  carry = last_everywhere<reversed>(after);
+#pragma GCC unroll 4
+  for (int i = 1; i < square_blocks; ++i)
+    h[first + i * step] = fma(P[first + (i - 1) * step], h[first + (i - 1) * step], q[first + (i - 1) * step]);
+  transpose_pieces(h);
+#pragma GCC unroll 4
+  for (int i = 0; i < square_blocks; ++i) entering[i] = h[i];
 }
 
 // The states that enter each run; the carry (the same in all lanes) moves on to the state after the block.
@@ -84,13 +124,6 @@ template <bool reversed, typename Visit>
 inline void along_run(Visit visit) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) visit(reversed ? 3 - i : i);
-}
-
-// b (as runs) becomes h.
-template <bool reversed>
-inline void scan_block(const Block& a, Block& b, V& carry) {
-  V h = enter<reversed>(compose<reversed>(a, b), carry);
-  along_run<reversed>([&](int i) { b.v[i] = h = fma(a.v[i], h, b.v[i]); });
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ inline V before_each_group(V x, V carry) {
   return shift<1, reversed>(x, carry);
 }
 
-inline void exchange_pieces(V*) {}  // the rest of a W x W transposition after transpose4 of each four vectors
+inline void transpose_pieces(V*) {}  // W / 4 vectors: piece g of vector p <-> piece p of vector g
 inline V sum_pieces(const V* z) { return z[0]; }     // piece g of the result: the sum of the pieces of z[g]
 
 }  // namespace

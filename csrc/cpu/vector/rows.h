@@ -69,17 +69,40 @@ struct Ahead {
   void fetch(int64_t i) const {
     if (at != nullptr) __builtin_prefetch(at + i * bytes);
   }
+  void fetch_lines(int64_t i) const {  // of four vectors
+    if (at == nullptr) return;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(at + (i + j * W) * bytes);
+  }
 };
 
-// Step sizes from delta + bias, 0 (which leaves the state as it is) beyond n. Two loops: each keeps its constants in registers.
+// softplus(v + bias) of n numbers.
+inline void softplus_row(const float* v, float bias, float* to, int64_t n, Ahead ahead) {
+  const V shift_by = all(bias);
+#if defined(DASS_VECTOR_TABLE)
+  V largest = all(0.0f);
+  for (int64_t i = 0; i < n; i += W) {
+    ahead.fetch(i);
+    const V x = load(v + i) + shift_by;
+    largest = larger_bits(largest, magnitude(x));
+    store(to + i, softplus_of_near(x));
+  }
+  if (any_beyond(largest, softplus_near))
+    for (int64_t i = 0; i < n; i += W) store(to + i, softplus(load(v + i) + shift_by));
+#else  // two loops: each keeps its constants in registers
+  for (int64_t i = 0; i < n; i += W) {
+    ahead.fetch(i);
+    store(to + i, exp_of_negative_magnitude(load(v + i) + shift_by));
+  }
+  for (int64_t i = 0; i < n; i += W) store(to + i, softplus_from(load(v + i) + shift_by, load(to + i)));
+#endif
+}
+
+// Step sizes from delta + bias, 0 (which leaves the state as it is) beyond n.
 inline void step_sizes(const float* delta, float bias, bool with_softplus, float* dt, int64_t n, int64_t padded, Ahead ahead) {
   const V shift_by = all(bias);
   if (with_softplus) {
-    for (int64_t i = 0; i < padded; i += W) {
-      ahead.fetch(i);
-      store(dt + i, exp_of_negative_magnitude(load(delta + i) + shift_by));
-    }
-    for (int64_t i = 0; i < padded; i += W) store(dt + i, softplus_from(load(delta + i) + shift_by, load(dt + i)));
+    softplus_row(delta, bias, dt, padded, ahead);
   } else {
     for (int64_t i = 0; i < padded; i += W) {
       ahead.fetch(i);
