@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t row_tile = 256;
 constexpr int64_t streaming_elements = int64_t{1} << 20;  // from here on outputs bypass the caches
-constexpr int64_t tiles_ahead = 4;
+constexpr int64_t batch_steps = 512, most_segments = batch_steps / block;
+constexpr int64_t steps_ahead = 1024;  // of what is fetched early
 
 // B or C of a channel as rows of floats from position `begin` on: row(n).
 struct RowSource {
@@ -31,192 +32,278 @@ struct RowSource {
   }
 };
 
+// What is worked on at a time: a stretch of a row, or several short rows, each from a multiple of `block` on.
 struct alignas(64) RowForwardScratch {
-  float dt[row_tile], a[row_tile], w[row_tile], y[row_tile], u[row_tile], delta[row_tile], z[row_tile], B[row_tile],
-      C[row_tile];
-  Effect runs[row_tile / block];
-  V entering[row_tile / block];
+  float dt[batch_steps], a[batch_steps], w[batch_steps], y[batch_steps], u[batch_steps], delta[batch_steps], z[batch_steps],
+      B[batch_steps], C[batch_steps];
+  Effect runs[most_segments * square_blocks];
+  V entering[most_segments * square_blocks];
 };
 
-// Decays and inputs of a tile as runs, and what each run does to the state; the rest of its last square leaves the state as it is.
+// One channel in one direction, of whose row `n` steps from `begin` on are worked on.
+struct RowSegment {
+  const ScanForward* f;
+  int64_t b, k, d, begin, n, padded;
+  bool reversed, first, last;       // of the directions that are summed into out
+  float* sum;                       // where that sum is kept
+  int64_t offset, runs, squares;    // places in the scratch memory; no squares of its own: rows share them
+  int64_t later_channels, later;    // where the walk will be `steps_ahead` on: so many channels on, at this position
+
+  int64_t sequence() const { return (b * f->sizes.directions + k) * f->sizes.channels + d; }
+  const void* row(const Sequence& of) const {
+    return element(f->sizes.io, of.data, b * of.batch + k * of.direction + d * of.channel);
+  }
+  const float* floats(const Sequence& of, float* spare) const {
+    return row_of(f->sizes.io, element(f->sizes.io, row(of), begin), spare + offset, n, padded);
+  }
+  float parameter(const void* data) const {
+    return data == nullptr ? 0.0f : static_cast<const float*>(data)[k * f->sizes.channels + d];
+  }
+  Ahead ahead(const Sequence& of) const {
+    return {static_cast<const char*>(element(f->sizes.io, row(of), later_channels * of.channel + later)), size_of(f->sizes.io)};
+  }
+};
+
+// Decays and inputs as runs, and what each run does to the state; the rest of the last square leaves the state as it is.
 template <bool reversed>
-inline void decays_and_inputs(const float* u, const float* B, float A, RowForwardScratch& s, int64_t n, Ahead ahead) {
+void decays_and_inputs(const RowSegment& t, RowForwardScratch& s, const float* u, const float* B, float A, Ahead ahead) {
   const V exponent = all(A * log2_e);
-  Effect* runs = s.runs;
-  for (int64_t i = 0; i < n; i += block) {
+  const float* dt = s.dt + t.offset;
+  float *a_to = s.a + t.offset, *w_to = s.w + t.offset;
+  Effect *runs = s.runs + t.runs, *const end = runs + t.squares * square_blocks;
+  for (int64_t i = 0; i < t.padded; i += block) {
     ahead.fetch_lines(i);
     Block a, w;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const V step = load(s.dt + i + j * W);
+      const V step = load(dt + i + j * W);
       a.v[j] = exp2(step * exponent);
       w.v[j] = step * load(u + i + j * W) * load(B + i + j * W);
     }
     a = a.turned();
     w = w.turned();
-    a.to(s.a + i);
-    w.to(s.w + i);
+    a.to(a_to + i);
+    w.to(w_to + i);
     *runs++ = compose_runs<reversed>(a, w);
   }
-  for (; (runs - s.runs) % square_blocks != 0; ++runs) *runs = {all(1.0f), all(0.0f)};
+  for (; runs < end; ++runs) *runs = {all(1.0f), all(0.0f)};
 }
 
-// From the state that enters a tile to those that enter its runs.
+// From the state that enters a segment to those that enter its runs and, where they are kept, its chunks (of row_tile steps).
 template <bool reversed>
-inline void enter_tile(RowForwardScratch& s, int64_t n, V& carry) {
-  const int64_t squares = divide_up(n, W * W);
-  for (int64_t walked = 0; walked < squares; ++walked) {
-    const int64_t first = (reversed ? squares - 1 - walked : walked) * square_blocks;
-    enter_square<reversed>(s.runs + first, s.entering + first, carry);
+void enter_segment(const RowSegment& t, RowForwardScratch& s, float* state, float* boundary, int64_t N) {
+  V carry = all(*state);
+  for (int64_t walked = 0; walked < t.squares; ++walked) {
+    const int64_t square = reversed ? t.squares - 1 - walked : walked, from = t.begin + square * W * W;
+    const int64_t entered = reversed ? from + W * W : from;
+    if (boundary != nullptr && (walked == 0 || entered % row_tile == 0)) store_part(boundary + from / row_tile * N, carry, 1);
+    const int64_t at = t.runs + square * square_blocks;
+    enter_square<reversed>(s.runs + at, s.entering + at, carry);
+  }
+  store_part(state, carry, 1);
+}
+
+// The same for short rows, `span` vectors each, that share squares.
+template <bool reversed, int span>
+void enter_short_rows(const RowSegment* rows, int64_t count, RowForwardScratch& s, float* const* states) {
+  constexpr int shared = W / span;
+  for (int64_t begin = 0; begin < count; begin += shared) {
+    const int64_t present = smaller_of(shared, count - begin), first = rows[begin].runs;
+    float lanes[W] = {};
+    for (int64_t j = 0; j < present; ++j)
+      for (int64_t lane = 0; lane < span; ++lane) lanes[j * span + lane] = *states[begin + j];
+    for (int64_t i = present * span / 4; i < square_blocks; ++i) s.runs[first + i] = {all(1.0f), all(0.0f)};
+    V carry = load(lanes);
+    enter_square<reversed, span>(s.runs + first, s.entering + first, carry);
+    store(lanes, carry);
+    for (int64_t j = 0; j < present; ++j) *states[begin + j] = lanes[j * span + (reversed ? 0 : span - 1)];
   }
 }
 
 // From those to all states; emit(i, h) receives them vector by vector.
 template <bool reversed, typename Emit>
-inline void states_of_tile(const RowForwardScratch& s, int64_t n, Emit emit) {
-  const V* entering = s.entering;
-  for (int64_t i = 0; i < n; i += block) {
+inline void states_of_segment(const RowSegment& t, const RowForwardScratch& s, Emit emit) {
+  const V* entering = s.entering + t.runs;
+  const float *a = s.a + t.offset, *w = s.w + t.offset;
+  for (int64_t i = 0; i < t.padded; i += block) {
     V h = *entering++;
     Block states;
-    along_run<reversed>([&](int j) { states.v[j] = h = fma(load(s.a + i + j * W), h, load(s.w + i + j * W)); });
+    along_run<reversed>([&](int j) { states.v[j] = h = fma(load(a + i + j * W), h, load(w + i + j * W)); });
     states = states.turned();
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) emit(i + j * W, states.v[j]);
   }
 }
 
-// One channel in one direction.
-struct RowChannel {
-  const ScanForward* f;
-  int64_t b, k, d, tiles;
-  bool first, last;  // of the directions that are summed into out
-  float* sum;        // where that sum is kept
+// The output of a segment, or what the states up to this one add to it.
+template <bool reversed>
+void outputs_of_segment(const RowSegment& t, RowForwardScratch& s, const float* C, const float* u, bool starts, float* to,
+                        bool streamed) {
+  const V weight = all(t.parameter(t.f->D));
+  const float* y = s.y + t.offset;
+  if (!starts)
+    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, load(y + i))); });
+  else if (streamed)
+    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { stream(to + i, fma(load(C + i), h, weight * load(u + i))); });
+  else
+    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, weight * load(u + i))); });
+}
 
-  int64_t sequence() const { return (b * f->sizes.directions + k) * f->sizes.channels + d; }
-  const void* row(const Sequence& of) const {
-    return element(f->sizes.io, of.data, b * of.batch + k * of.direction + d * of.channel);
-  }
-  float parameter(const void* data) const {
-    return data == nullptr ? 0.0f : static_cast<const float*>(data)[k * f->sizes.channels + d];
-  }
-  int64_t tile(int64_t walked) const { return f->sizes.reversed(k) ? tiles - 1 - walked : walked; }
-
-  // Where the walk will be a few tiles on: in this row, or in that of a later channel.
-  struct Place {
-    int64_t channels, position;
-  };
-  Place soon(int64_t walked) const {
-    int64_t channels = 0;
-    for (walked += tiles_ahead; walked >= tiles; walked -= tiles) ++channels;
-    return {channels, tile(walked) * row_tile};
-  }
-  Ahead ahead(const Sequence& of, const Place& place) const {
-    return {static_cast<const char*>(element(f->sizes.io, row(of), place.channels * of.channel + place.position)),
-            size_of(f->sizes.io)};
-  }
-};
-
-// The next tile, of this channel or another: its step sizes are taken in the middle of this one.
-struct Upcoming {
-  const RowChannel* channel;  // null: none
-  int64_t walked;
+struct RowBatch {
+  RowSegment segments[most_segments];
+  int64_t count = 0;
 
   void step_sizes(RowForwardScratch& s) const {
-    if (channel == nullptr) return;
-    const ScanForward& f = *channel->f;
-    const int64_t begin = channel->tile(walked) * row_tile, n = smaller_of(row_tile, f.sizes.length - begin);
-    const int64_t padded = round_up(n, block);
-    const float* delta = row_of(f.sizes.io, element(f.sizes.io, channel->row(f.delta), begin), s.delta, n, padded);
-    cpu::step_sizes(delta, channel->parameter(f.delta_bias), f.sizes.delta_softplus, s.dt, n, padded,
-                    channel->ahead(f.delta, channel->soon(walked)));
+    for (const RowSegment* t = segments; t < segments + count; ++t) {
+      const ScanForward& f = *t->f;
+      cpu::step_sizes(t->floats(f.delta, s.delta), t->parameter(f.delta_bias), f.sizes.delta_softplus, s.dt + t->offset, t->n,
+                      t->padded, t->ahead(f.delta));
+    }
   }
 };
 
-template <bool reversed, bool streamed>
-void forward_tile(const RowChannel& c, int64_t walked, RowForwardScratch& s, const Upcoming& upcoming) {
-  const ScanForward& f = *c.f;
-  const ScanSizes& sizes = f.sizes;
-  const int64_t L = sizes.length, N = sizes.state, sequence = c.sequence();
-  const int64_t begin = c.tile(walked) * row_tile, n = smaller_of(row_tile, L - begin), padded = round_up(n, block);
-  const float* A = static_cast<const float*>(f.A) + (c.k * sizes.channels + c.d) * N;
-  float* state = static_cast<float*>(f.last_state) + sequence * N;
-  if (walked == 0)
-    for (int64_t i = 0; i < N; ++i)
-      state[i] = f.initial_state == nullptr ? 0.0f : static_cast<const float*>(f.initial_state)[sequence * N + i];
-  if (sizes.chunk != 0)
-    __builtin_memcpy(static_cast<float*>(f.boundary_states) + (sequence * sizes.chunks + c.tile(walked)) * N, state, 4 * N);
-  const RowSource B(f.B, sizes.io, sizes.channels, c.b, c.k, c.d), C(f.C, sizes.io, sizes.channels, c.b, c.k, c.d);
-  const Dtype io = sizes.io;
-  const bool gated = f.z.data != nullptr, shared = sizes.shared;
-  void* out_row = element(sizes.out, f.out, (shared ? c.b * sizes.channels + c.d : sequence) * L);
-  const float* u = row_of(io, element(io, c.row(f.u), begin), s.u, n, padded);
-  // Straight into out where nothing is left to be done to y.
-  const bool direct = sizes.out == Dtype::float32 && !gated && !shared && n == padded;
-  float* y = direct ? static_cast<float*>(out_row) + begin : s.y;
-  const RowChannel::Place soon = c.soon(walked);
-  if (!streamed) {
-    const void* place = element(sizes.out, out_row, (shared ? 0 : soon.channels * L) + soon.position);
-    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(element(sizes.out, place, i), 1);
+// What is left to be done to y where it does not go straight to `out`.
+inline void finish_segment(const RowSegment& t, RowForwardScratch& s, void* out_row) {
+  const ScanForward& f = *t.f;
+  float* y = s.y + t.offset;
+  if (f.sizes.shared) {
+    float* sum = t.sum + t.begin;
+    if (!t.first)
+      for (int64_t i = 0; i < t.n; i += W)
+        store(y + i, load(y + i) + load_part(sum + i, static_cast<int>(smaller_of(W, t.n - i))));
+    if (!t.last) return store_row(Dtype::float32, sum, y, t.n);
   }
-  const V weight = all(c.parameter(f.D));
-  for (int64_t i = 0; i < N; ++i) {
-    const float *B_row = B.row(i, begin, n, padded, s.B), *C_row = C.row(i, begin, n, padded, s.C);
-    decays_and_inputs<reversed>(u, B_row, A[i], s, padded, i == 0 ? c.ahead(f.u, soon) : Ahead{});
-    V carry = all(state[i]);
-    enter_tile<reversed>(s, padded, carry);
-    store_part(state + i, carry, 1);
-    if (i == N - 1) upcoming.step_sizes(s);  // the processor works on these while the steps of enter_tile wait for each other
-    float* to = i == N - 1 ? y : s.y;
-    if (i == 0)
-      states_of_tile<reversed>(s, padded, [&](int64_t at, V h) {
-        const V value = fma(load(C_row + at), h, weight * load(u + at));
-        streamed && to != s.y ? stream(to + at, value) : store(to + at, value);
-      });
-    else
-      states_of_tile<reversed>(s, padded,
-                               [&](int64_t at, V h) { store(to + at, fma(load(C_row + at), h, load(s.y + at))); });
-  }
-  if (direct) return;
-  if (shared) {
-    float* sum = c.sum + begin;
-    if (!c.first)
-      for (int64_t i = 0; i < n; i += W)
-        store(s.y + i, load(s.y + i) + load_part(sum + i, static_cast<int>(smaller_of(W, n - i))));
-    if (!c.last) return store_row(Dtype::float32, sum, s.y, n);
-  }
-  if (gated) gate_row(s.y, row_of(io, element(io, c.row(f.z), begin), s.z, n, padded), padded);
-  store_row(sizes.out, element(sizes.out, out_row, begin), s.y, n);
+  if (f.z.data != nullptr) gate_row(y, t.floats(f.z, s.z), t.padded);
+  store_row(f.sizes.out, element(f.sizes.out, out_row, t.begin), y, t.n);
 }
+
+// enter_segment for one of N states.
+inline void enter_batch(const RowBatch& batch, RowForwardScratch& s, int64_t n) {
+  const ScanForward& f = *batch.segments[0].f;
+  const int64_t N = f.sizes.state, chunks = f.sizes.chunks;
+  const auto boundary = [&](const RowSegment& t) {
+    return f.sizes.chunk == 0 ? nullptr : static_cast<float*>(f.boundary_states) + t.sequence() * chunks * N + n;
+  };
+  const auto state = [&](const RowSegment& t) { return static_cast<float*>(f.last_state) + t.sequence() * N + n; };
+  if (batch.segments[0].squares != 0) {
+    for (int64_t i = 0; i < batch.count; ++i) {
+      const RowSegment& t = batch.segments[i];
+      t.reversed ? enter_segment<true>(t, s, state(t), boundary(t), N) : enter_segment<false>(t, s, state(t), boundary(t), N);
+    }
+    return;
+  }
+  if constexpr (W == 16) {
+    float* states[most_segments];
+    for (int64_t i = 0; i < batch.count; ++i) {
+      states[i] = state(batch.segments[i]);
+      if (f.sizes.chunk != 0) *boundary(batch.segments[i]) = *states[i];
+    }
+    const bool reversed = batch.segments[0].reversed;
+    const auto run = batch.segments[0].padded == block ? reversed ? enter_short_rows<true, 4> : enter_short_rows<false, 4>
+                     : reversed ? enter_short_rows<true, 8> : enter_short_rows<false, 8>;
+    run(batch.segments, batch.count, s, states);
+  }
+}
+
+// The step sizes of the batch are there; those of the next are taken on the way.
+void forward_batch(const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, bool streamed) {
+  const RowSegment *const begin = batch.segments, *const end = begin + batch.count;
+  const ScanForward& f = *begin->f;
+  const ScanSizes& sizes = f.sizes;
+  const int64_t L = sizes.length, N = sizes.state;
+  const bool straight = sizes.out == Dtype::float32 && f.z.data == nullptr && !sizes.shared;
+  const float* u[most_segments];
+  for (const RowSegment* t = begin; t < end; ++t) {
+    u[t - begin] = t->floats(f.u, s.u);
+    float* state = static_cast<float*>(f.last_state) + t->sequence() * N;
+    const auto* initial = static_cast<const float*>(f.initial_state);
+    if (t->reversed ? t->begin + t->n == L : t->begin == 0)
+      for (int64_t i = 0; i < N; ++i) state[i] = initial == nullptr ? 0.0f : initial[t->sequence() * N + i];
+  }
+  for (int64_t i = 0; i < N; ++i) {
+    const float* C_rows[most_segments];
+    for (const RowSegment* t = begin; t < end; ++t) {
+      const RowSource B(f.B, sizes.io, sizes.channels, t->b, t->k, t->d), C(f.C, sizes.io, sizes.channels, t->b, t->k, t->d);
+      const float* B_row = B.row(i, t->begin, t->n, t->padded, s.B + t->offset);
+      C_rows[t - begin] = C.row(i, t->begin, t->n, t->padded, s.C + t->offset);
+      const float A = static_cast<const float*>(f.A)[(t->k * sizes.channels + t->d) * N + i];
+      const auto run = t->reversed ? decays_and_inputs<true> : decays_and_inputs<false>;
+      run(*t, s, u[t - begin], B_row, A, i == 0 ? t->ahead(f.u) : Ahead{});
+    }
+    enter_batch(batch, s, i);
+    if (i == N - 1) next.step_sizes(s);  // the processor works on these while the steps of enter_segment wait for each other
+    for (const RowSegment* t = begin; t < end; ++t) {
+      void* out_row =
+          element(sizes.out, f.out, (sizes.shared ? t->b * sizes.channels + t->d : t->sequence()) * L);
+      const bool direct = i == N - 1 && straight && t->n == t->padded;
+      float* to = direct ? static_cast<float*>(out_row) + t->begin : s.y + t->offset;
+      if (i == 0 && !streamed) {
+        const void* place = element(sizes.out, out_row, (sizes.shared ? 0 : t->later_channels * L) + t->later);
+        for (int64_t l = 0; l < t->n; l += 16) __builtin_prefetch(element(sizes.out, place, l), 1);
+      }
+      const auto run = t->reversed ? outputs_of_segment<true> : outputs_of_segment<false>;
+      run(*t, s, C_rows[t - begin], u[t - begin], i == 0, to, streamed && direct);
+      if (i == N - 1 && !direct) finish_segment(*t, s, out_row);
+    }
+  }
+}
+
+// The segments of a task in their order: channel by channel, in each the directions that are summed, in each its row in scan order.
+struct RowWalk {
+  const ScanForward& f;
+  int64_t b, d, end, first, last;
+  float* sum;
+  int64_t k = first, walked = 0, parts = divide_up(f.sizes.length, batch_steps);
+  int64_t later_parts = divide_up(steps_ahead, smaller_of(f.sizes.length, batch_steps)), later_channels = later_parts / parts;
+
+  RowWalk(const ScanForward& f, int64_t b, int64_t d, int64_t end, int64_t first, int64_t last, float* sum)
+      : f(f), b(b), d(d), end(end), first(first), last(last), sum(sum) {
+    later_parts %= parts;
+  }
+  bool more() const { return d < end; }
+  void fill(RowBatch& batch) {
+    const int64_t L = f.sizes.length, most = round_up(smaller_of(L, batch_steps), block);
+    const bool share = W == 16 && most <= W * W / 2 && first == last;  // and so in the same direction
+    int64_t offset = 0, runs = 0;
+    for (batch.count = 0; more() && offset + most <= batch_steps; ++batch.count) {
+      RowSegment& t = batch.segments[batch.count];
+      const bool reversed = f.sizes.reversed(k);
+      const auto begin_of = [&](int64_t part) { return (reversed ? parts - 1 - part : part) * batch_steps; };
+      const int64_t begin = begin_of(walked), n = smaller_of(batch_steps, L - begin), padded = round_up(n, block);
+      const int64_t later = walked + later_parts, wraps = later >= parts, squares = share ? 0 : divide_up(n, W * W);
+      t = {&f,   b,        k,         d,   begin,  n,    padded,  reversed,
+           k == first, k == last, sum, offset, runs, squares, later_channels + wraps, begin_of(wraps ? later - parts : later)};
+      offset += padded;
+      runs += share ? padded / block : squares * square_blocks;
+      if (++walked < parts) continue;
+      walked = 0;
+      if (++k <= last) continue;
+      k = first;
+      ++d;
+    }
+  }
+};
 
 bool scan_forward_rows(const ScanForward& f) {
   const ScanSizes& sizes = f.sizes;
   if (sizes.chunk != 0 && sizes.chunk != row_tile) return false;
   const int64_t D = sizes.channels, L = sizes.length, outputs = sizes.outputs();
   const int64_t per_task = larger_of(1, smaller_of(D, 32768 / (L * sizes.state))), tasks = divide_up(D, per_task);
-  const int64_t tiles = divide_up(L, row_tile);
   const bool streamed = sizes.out == Dtype::float32 && sizes.batch * outputs * D * L >= streaming_elements &&
                         reinterpret_cast<uintptr_t>(f.out) % 64 == 0 && L % 16 == 0;
   parallel(sizes.batch * outputs * tasks, [&](int64_t task) {
     const int64_t b = task / (outputs * tasks), o = task / tasks % outputs, begin = task % tasks * per_task;
-    const int64_t end = smaller_of(begin + per_task, D), first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
+    const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
     const size_t row = sizes.shared ? round_up(L, 16) : 0;
     auto* scratch = static_cast<RowForwardScratch*>(thread_scratch(sizeof(RowForwardScratch) + 4 * row));
-    const auto channel = [&](int64_t d, int64_t k) {
-      return RowChannel{&f, b, k, d, tiles, k == first, k == last, reinterpret_cast<float*>(scratch + 1)};
-    };
-    RowChannel now = channel(begin, first);
-    Upcoming{&now, 0}.step_sizes(*scratch);
-    for (int64_t d = begin; d < end; ++d)
-      for (int64_t k = first; k <= last; ++k) {
-        const RowChannel next = k < last ? channel(d, k + 1) : channel(d + 1, first);
-        const bool more = k < last || d + 1 < end;
-        const auto run = sizes.reversed(k) ? (streamed ? forward_tile<true, true> : forward_tile<true, false>)
-                                           : (streamed ? forward_tile<false, true> : forward_tile<false, false>);
-        for (int64_t walked = 0; walked < tiles; ++walked)
-          run(now, walked, *scratch,
-              walked + 1 < tiles ? Upcoming{&now, walked + 1} : Upcoming{more ? &next : nullptr, 0});
-        now = next;
-      }
+    RowWalk walk(f, b, begin, smaller_of(begin + per_task, D), first, last, reinterpret_cast<float*>(scratch + 1));
+    RowBatch batches[2];
+    walk.fill(batches[0]);
+    batches[0].step_sizes(*scratch);
+    for (int64_t now = 0; batches[now].count != 0; now = 1 - now) {
+      walk.fill(batches[1 - now]);
+      forward_batch(batches[now], batches[1 - now], *scratch, streamed);
+    }
   });
   return true;
 }

@@ -67,8 +67,9 @@ inline V unpack_high_pairs(V a, V b) {
   return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
 }
 
-template <int s, bool reversed>
+template <int s, bool reversed, int span = W>
 inline V shift(V x, V fill) {
+  static_assert(span == W);
   if constexpr (s == 4) return _mm256_permute2f128_ps(x, fill, reversed ? 0x21 : 0x02);
   constexpr int by = reversed ? s : 8 - s;
   const __m256i from = _mm256_setr_epi32(by & 7, (by + 1) & 7, (by + 2) & 7, (by + 3) & 7, (by + 4) & 7, (by + 5) & 7,

@@ -74,9 +74,14 @@ inline V unpack_high_pairs(V a, V b) {
   return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
 
-template <int s, bool reversed>
+template <int s, bool reversed, int span = W>
 inline V shift(V x, V fill) {
   const __m512i a = _mm512_castps_si512(x), f = _mm512_castps_si512(fill);
+  if constexpr (span < W) {
+    constexpr int kept = reversed ? (1 << (span - s)) - 1 : ((1 << span) - 1) & ~((1 << s) - 1);
+    constexpr __mmask16 lanes = static_cast<__mmask16>(span == 8 ? kept * 0x101 : kept * 0x1111);
+    return _mm512_castsi512_ps(_mm512_mask_alignr_epi32(f, lanes, a, a, reversed ? s : W - s));
+  }
   return _mm512_castsi512_ps(reversed ? _mm512_alignr_epi32(f, a, s) : _mm512_alignr_epi32(a, f, W - s));
 }
 template <bool reversed>

@@ -40,11 +40,14 @@ struct Block {
   }
 };
 
-template <int s, bool reversed>
+// One step of a log-step scan over the lanes of each span; the last `s` that is needed is half a span.
+template <int s, bool reversed, int span = W>
 inline void compose_step(V& a, V& b) {
-  const V b_before = shift<s, reversed>(b, all(0.0f)), a_before = shift<s, reversed>(a, all(1.0f));
-  b = fma(a, b_before, b);
-  a = a * a_before;
+  if constexpr (s < span) {
+    const V b_before = shift<s, reversed, span>(b, all(0.0f)), a_before = shift<s, reversed, span>(a, all(1.0f));
+    b = fma(a, b_before, b);
+    a = a * a_before;
+  }
 }
 
 // What a block does to the state: lane by lane, all runs up to and including that of the lane.
@@ -73,16 +76,18 @@ inline Effect compose(const Block& a, const Block& b) {
   q = groups_in_order(q);
   compose_step<1, reversed>(P, q);
   compose_step<2, reversed>(P, q);
-  if constexpr (W > 4) compose_step<4, reversed>(P, q);
-  if constexpr (W > 8) compose_step<8, reversed>(P, q);
+  compose_step<4, reversed>(P, q);
+  compose_step<8, reversed>(P, q);
   return {P, q};
 }
 
 // W / 4 blocks, a square of W vectors, at once: the states that enter their runs, from the runs' effects, and the carry moves on.
 // Turning the pieces of the effects as well leaves one log-step scan, over the W vectors, instead of one in each block.
+// With a span of less than W vectors, several rows of that many: the carry then has a lane for each vector, and becomes the states
+// after each.
 constexpr int square_blocks = W / 4;
 
-template <bool reversed>
+template <bool reversed, int span = W>
 inline void enter_square(const Effect* runs, V* entering, V& carry) {
   constexpr int first = reversed ? square_blocks - 1 : 0, step = reversed ? -1 : 1;
   V P[square_blocks], q[square_blocks], h[square_blocks];
@@ -96,13 +101,13 @@ inline void enter_square(const Effect* runs, V* entering, V& carry) {
     b = fma(P[first + i * step], b, q[first + i * step]);
     a = P[first + i * step] * a;
   }
-  compose_step<1, reversed>(a, b);
-  compose_step<2, reversed>(a, b);
-  if constexpr (W > 4) compose_step<4, reversed>(a, b);
-  if constexpr (W > 8) compose_step<8, reversed>(a, b);
+  compose_step<1, reversed, span>(a, b);
+  compose_step<2, reversed, span>(a, b);
+  compose_step<4, reversed, span>(a, b);
+  compose_step<8, reversed, span>(a, b);
   const V after = fma(a, carry, b);
-  h[first] = shift<1, reversed>(after, carry);
-  carry = last_everywhere<reversed>(after);
+  h[first] = shift<1, reversed, span>(after, carry);
+  carry = span == W ? last_everywhere<reversed>(after) : after;
 #pragma GCC unroll 4
   for (int i = 1; i < square_blocks; ++i)
     h[first + i * step] = fma(P[first + (i - 1) * step], h[first + (i - 1) * step], q[first + (i - 1) * step]);

@@ -71,9 +71,11 @@ inline V unpack_high(V a, V b) { return shuffle<2, 6, 3, 7>(a, b); }
 inline V unpack_low_pairs(V a, V b) { return shuffle<0, 1, 4, 5>(a, b); }
 inline V unpack_high_pairs(V a, V b) { return shuffle<2, 3, 6, 7>(a, b); }
 
-// x moved s lanes up (down if reversed), filled from `fill`.
-template <int s, bool reversed>
+// x moved s lanes up (down if reversed) within each `span` lanes, filled from `fill` (the same in all lanes of a span). AVX-512 alone
+// has spans of less than a vector.
+template <int s, bool reversed, int span = W>
 inline V shift(V x, V fill) {
+  static_assert(span == W);
   if constexpr (reversed)
     return shuffle<s, s + 1, s + 2, s + 3>(x, fill);
   else
