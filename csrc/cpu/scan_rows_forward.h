@@ -122,10 +122,11 @@ void enter_short_rows(const RowSegment* rows, int64_t count, RowForwardScratch& 
 
 // From those to all states; emit(i, h) receives them vector by vector.
 template <bool reversed, typename Emit>
-inline void states_of_segment(const RowSegment& t, const RowForwardScratch& s, Emit emit) {
+inline void states_of_segment(const RowSegment& t, const RowForwardScratch& s, Ahead ahead, Emit emit) {
   const V* entering = s.entering + t.runs;
   const float *a = s.a + t.offset, *w = s.w + t.offset;
   for (int64_t i = 0; i < t.padded; i += block) {
+    ahead.fetch_lines(i);
     V h = *entering++;
     Block states;
     along_run<reversed>([&](int j) { states.v[j] = h = fma(load(a + i + j * W), h, load(w + i + j * W)); });
@@ -138,15 +139,15 @@ inline void states_of_segment(const RowSegment& t, const RowForwardScratch& s, E
 // The output of a segment, or what the states up to this one add to it.
 template <bool reversed>
 void outputs_of_segment(const RowSegment& t, RowForwardScratch& s, const float* C, const float* u, bool starts, float* to,
-                        bool streamed) {
+                        bool streamed, Ahead ahead) {
   const V weight = all(t.parameter(t.f->D));
   const float* y = s.y + t.offset;
   if (!starts)
-    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, load(y + i))); });
+    states_of_segment<reversed>(t, s, Ahead{}, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, load(y + i))); });
   else if (streamed)
-    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { stream(to + i, fma(load(C + i), h, weight * load(u + i))); });
+    states_of_segment<reversed>(t, s, Ahead{}, [=](int64_t i, V h) { stream(to + i, fma(load(C + i), h, weight * load(u + i))); });
   else
-    states_of_segment<reversed>(t, s, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, weight * load(u + i))); });
+    states_of_segment<reversed>(t, s, ahead, [=](int64_t i, V h) { store(to + i, fma(load(C + i), h, weight * load(u + i))); });
 }
 
 struct RowBatch {
@@ -237,12 +238,10 @@ void forward_batch(const RowBatch& batch, const RowBatch& next, RowForwardScratc
           element(sizes.out, f.out, (sizes.shared ? t->b * sizes.channels + t->d : t->sequence()) * L);
       const bool direct = i == N - 1 && straight && t->n == t->padded;
       float* to = direct ? static_cast<float*>(out_row) + t->begin : s.y + t->offset;
-      if (i == 0 && !streamed) {
-        const void* place = element(sizes.out, out_row, (sizes.shared ? 0 : t->later_channels * L) + t->later);
-        for (int64_t l = 0; l < t->n; l += 16) __builtin_prefetch(element(sizes.out, place, l), 1);
-      }
+      const void* later = element(sizes.out, out_row, (sizes.shared ? 0 : t->later_channels * L) + t->later);
       const auto run = t->reversed ? outputs_of_segment<true> : outputs_of_segment<false>;
-      run(*t, s, C_rows[t - begin], u[t - begin], i == 0, to, streamed && direct);
+      run(*t, s, C_rows[t - begin], u[t - begin], i == 0, to, streamed && direct,
+          Ahead{static_cast<const char*>(later), size_of(sizes.out)});
       if (i == N - 1 && !direct) finish_segment(*t, s, out_row);
     }
   }

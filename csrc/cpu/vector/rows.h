@@ -61,18 +61,18 @@ inline void store_row(Dtype type, void* to, const float* from, int64_t n) {
 }
 
 // What a tile of this many elements will need soon, fetched in the course of the loops over the present one: hardware prefetchers
-// stop at the end of a page, and rows end everywhere. Null: nothing.
+// stop at the end of a page, and rows end everywhere. Into the second-level cache: the first has no room for it. Null: nothing.
 struct Ahead {
   const char* at = nullptr;
   int64_t bytes = 4;  // of an element
 
   void fetch(int64_t i) const {
-    if (at != nullptr) __builtin_prefetch(at + i * bytes);
+    if (at != nullptr) __builtin_prefetch(at + i * bytes, 0, 2);
   }
   void fetch_lines(int64_t i) const {  // of four vectors
     if (at == nullptr) return;
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) __builtin_prefetch(at + (i + j * W) * bytes);
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(at + (i + j * W) * bytes, 0, 2);
   }
 };
 
