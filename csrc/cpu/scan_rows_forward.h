@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t row_tile = 256;
 constexpr int64_t streaming_elements = int64_t{1} << 20;  // from here on outputs bypass the caches
 constexpr int64_t batch_steps = 512, most_segments = batch_steps / block;
-constexpr int64_t steps_ahead = 1024;  // of what is fetched early
+constexpr int64_t fetched_ahead = 1024;  // of what is fetched early
 
 // B or C of a channel as rows of floats from position `begin` on: row(n).
 struct RowSource {
@@ -47,7 +47,7 @@ struct RowSegment {
   bool reversed, first, last;       // of the directions that are summed into out
   float* sum;                       // where that sum is kept
   int64_t offset, runs, squares;    // places in the scratch memory; no squares of its own: rows share them
-  int64_t later_channels, later;    // where the walk will be `steps_ahead` on: so many channels on, at this position
+  int64_t later_channels, later;    // where the walk will be `fetched_ahead` on: so many channels on, at this position
 
   int64_t sequence() const { return (b * f->sizes.directions + k) * f->sizes.channels + d; }
   const void* row(const Sequence& of) const {
@@ -89,15 +89,12 @@ void decays_and_inputs(const RowSegment& t, RowForwardScratch& s, const float* u
   for (; runs < end; ++runs) *runs = {all(1.0f), all(0.0f)};
 }
 
-// From the state that enters a segment to those that enter its runs and, where they are kept, its chunks (of row_tile steps).
+// From the state that enters a segment to those that enter its runs.
 template <bool reversed>
-void enter_segment(const RowSegment& t, RowForwardScratch& s, float* state, float* boundary, int64_t N) {
+void enter_segment(const RowSegment& t, RowForwardScratch& s, float* state) {
   V carry = all(*state);
   for (int64_t walked = 0; walked < t.squares; ++walked) {
-    const int64_t square = reversed ? t.squares - 1 - walked : walked, from = t.begin + square * W * W;
-    const int64_t entered = reversed ? from + W * W : from;
-    if (boundary != nullptr && (walked == 0 || entered % row_tile == 0)) store_part(boundary + from / row_tile * N, carry, 1);
-    const int64_t at = t.runs + square * square_blocks;
+    const int64_t at = t.runs + (reversed ? t.squares - 1 - walked : walked) * square_blocks;
     enter_square<reversed>(s.runs + at, s.entering + at, carry);
   }
   store_part(state, carry, 1);
@@ -181,28 +178,30 @@ inline void finish_segment(const RowSegment& t, RowForwardScratch& s, void* out_
 // enter_segment for one of N states.
 inline void enter_batch(const RowBatch& batch, RowForwardScratch& s, int64_t n) {
   const ScanForward& f = *batch.segments[0].f;
-  const int64_t N = f.sizes.state, chunks = f.sizes.chunks;
-  const auto boundary = [&](const RowSegment& t) {
-    return f.sizes.chunk == 0 ? nullptr : static_cast<float*>(f.boundary_states) + t.sequence() * chunks * N + n;
-  };
-  const auto state = [&](const RowSegment& t) { return static_cast<float*>(f.last_state) + t.sequence() * N + n; };
-  if (batch.segments[0].squares != 0) {
+  const int64_t N = f.sizes.state, chunk = f.sizes.chunk;
+  const RowSegment& one = batch.segments[0];
+  float* states[most_segments];
+  for (int64_t i = 0; i < batch.count; ++i)
+    states[i] = static_cast<float*>(f.last_state) + batch.segments[i].sequence() * N + n;
+  if (one.squares != 0) {
     for (int64_t i = 0; i < batch.count; ++i) {
       const RowSegment& t = batch.segments[i];
-      t.reversed ? enter_segment<true>(t, s, state(t), boundary(t), N) : enter_segment<false>(t, s, state(t), boundary(t), N);
+      t.reversed ? enter_segment<true>(t, s, states[i]) : enter_segment<false>(t, s, states[i]);
     }
-    return;
-  }
-  if constexpr (W == 16) {
-    float* states[most_segments];
-    for (int64_t i = 0; i < batch.count; ++i) {
-      states[i] = state(batch.segments[i]);
-      if (f.sizes.chunk != 0) *boundary(batch.segments[i]) = *states[i];
-    }
-    const bool reversed = batch.segments[0].reversed;
-    const auto run = batch.segments[0].padded == block ? reversed ? enter_short_rows<true, 4> : enter_short_rows<false, 4>
-                     : reversed ? enter_short_rows<true, 8> : enter_short_rows<false, 8>;
+  } else if constexpr (W == 16) {
+    const auto run = one.padded == block ? one.reversed ? enter_short_rows<true, 4> : enter_short_rows<false, 4>
+                     : one.reversed      ? enter_short_rows<true, 8>
+                                         : enter_short_rows<false, 8>;
     run(batch.segments, batch.count, s, states);
+  }
+  if (chunk == 0) return;
+  for (int64_t i = 0; i < batch.count; ++i) {
+    const RowSegment& t = batch.segments[i];
+    float* boundary = static_cast<float*>(f.boundary_states) + (t.sequence() * f.sizes.chunks + t.begin / chunk) * N + n;
+    for (int64_t begin = 0; begin < t.n; begin += chunk, boundary += N) {  // the state before a chunk's first run, or its last
+      const int64_t entered = t.reversed ? smaller_of(begin + chunk, t.padded) / block - 1 : begin / block;
+      *boundary = reinterpret_cast<const float*>(s.entering + t.runs + entered)[t.reversed ? W - 1 : 0];
+    }
   }
 }
 
@@ -253,7 +252,7 @@ struct RowWalk {
   int64_t b, d, end, first, last;
   float* sum;
   int64_t k = first, walked = 0, parts = divide_up(f.sizes.length, batch_steps);
-  int64_t later_parts = divide_up(steps_ahead, smaller_of(f.sizes.length, batch_steps)), later_channels = later_parts / parts;
+  int64_t later_parts = divide_up(fetched_ahead, smaller_of(f.sizes.length, batch_steps)), later_channels = later_parts / parts;
 
   RowWalk(const ScanForward& f, int64_t b, int64_t d, int64_t end, int64_t first, int64_t last, float* sum)
       : f(f), b(b), d(d), end(end), first(first), last(last), sum(sum) {
@@ -285,7 +284,6 @@ struct RowWalk {
 
 bool scan_forward_rows(const ScanForward& f) {
   const ScanSizes& sizes = f.sizes;
-  if (sizes.chunk != 0 && sizes.chunk != row_tile) return false;
   const int64_t D = sizes.channels, L = sizes.length, outputs = sizes.outputs();
   const int64_t per_task = larger_of(1, smaller_of(D, 32768 / (L * sizes.state))), tasks = divide_up(D, per_task);
   const bool streamed = sizes.out == Dtype::float32 && sizes.batch * outputs * D * L >= streaming_elements &&
