@@ -194,6 +194,8 @@ def draw_cost(lines: Sequence[dict]) -> Figure:
         _time_axis(axis)
         if key == "seconds":
             axis.yaxis.set_major_formatter(lambda value, _: describe_seconds(value))
+        else:
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(alpha=0.25)
         _write_ends(axis, ends)
