@@ -231,9 +231,12 @@ class ListenConfig:
 
 
 def write_scene(config: ListenConfig) -> str:
-    """Writes the file; returns what to say about it."""
+    """Writes the file; returns what to say about it. ValueError, OSError or AudioError where it cannot be done."""
     import soundfile
 
+    if config.out.suffix.lower() not in (".wav", ".flac"):
+        raise ValueError(f"--out must end in .wav or .flac, got {config.out}")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     front_end = LogMelConfig(frames=None)
     haystack = Haystack(
         config.haystack,
@@ -265,7 +268,7 @@ def main() -> int:
 
     try:
         print(write_scene(tyro.cli(ListenConfig, prog="python -m dass.needle")))
-    except (HaystackError, AudioError, ValueError) as error:
+    except (HaystackError, AudioError, ValueError, OSError) as error:
         print(f"dass.needle: {error}", file=sys.stderr)
         return 2
     return 0

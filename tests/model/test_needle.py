@@ -358,3 +358,7 @@ def test_a_scene_to_listen_to(tmp_path, capsys):
     assert rate == RATE and sound.size == 399 * SHIFT + WINDOW and "2.00 s" in message
     levels = [np.sqrt(np.mean(part**2)) for part in (sound[:RATE], sound[2 * RATE : 3 * RATE])]
     assert 20 * np.log10(levels[1] / levels[0]) == pytest.approx(20, abs=1.5)
+    into = ListenConfig(clip=tmp_path / "clip.wav", out=tmp_path / "new" / "scene.flac", seconds=2)
+    assert "scene.flac" in write_scene(into) and into.out.is_file(), "its folder is made"
+    with pytest.raises(ValueError, match="must end in .wav or .flac, got .*scene.txt"):
+        write_scene(replace(into, out=tmp_path / "scene.txt"))
