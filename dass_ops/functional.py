@@ -295,7 +295,7 @@ def _scan(
         *inputs,
         delta_softplus=delta_softplus,
         reverse=list(reverse),
-        chunk=_chunk((CHUNK if A.shape[-1] == 1 else STATES_CHUNK)[backend], *inputs),
+        chunk=_chunk(_scan_chunk(backend, A), *inputs),
         out_dtype=_kernel_out(out_dtype, io),
     )
     return _to(out, out_dtype), last_state
@@ -309,13 +309,17 @@ def _plain_scan(*arguments) -> list[Tensor]:
     backend = resolve(tensors[0].device.type, backend)
     if SUFFIX.get(backend) != "" or any(t is None for t in tensors[:5]):
         return []
-    return operator("plain_selective_scan")(*tensors, delta_softplus, reverse, CHUNK[backend])
+    return operator("plain_selective_scan")(*tensors, delta_softplus, reverse, _scan_chunk(backend, tensors[2]))
 
 
 def _reference_ss2d(x, x_dbl, parameters, out_dtype):
     with torch.autocast(x.device.type, enabled=False):
         state = state_dtype(x.dtype)
         return reference.ss2d(x.to(state), x_dbl.to(state), *parameters).to(out_dtype)
+
+
+def _scan_chunk(backend: Backend, A: Tensor) -> int:
+    return (STATES_CHUNK if A.dim() > 0 and A.shape[-1] > 1 else CHUNK)[backend]
 
 
 def _chunk(chunk: int, *inputs: Tensor | None) -> int:
