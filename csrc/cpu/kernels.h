@@ -56,7 +56,7 @@ struct Kernels {
   void (*elementary)(int function, const float* x, float* y, int64_t n);  // for tests; see elementary_functions
 };
 
-constexpr const char* elementary_functions[] = {"exp", "softplus", "sigmoid", "bfloat16", "float16"};
+constexpr const char* elementary_functions[] = {"exp", "softplus", "sigmoid", "slope", "bfloat16", "float16"};
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)

@@ -51,8 +51,9 @@ void elementary(int function, const float* x, float* y, int64_t n) {
       case 0: result = exp2(v * all(log2_e)); break;
       case 1: result = softplus(v); break;
       case 2: result = sigmoid_from(v, exp_of_negative_magnitude(v)); break;
-      case 3: store_bfloat16(bits, v), result = load_bfloat16(bits); break;
-      case 4: store_float16(bits, v), result = load_float16(bits); break;
+      case 3: result = slope_of_softplus(softplus(v)); break;
+      case 4: store_bfloat16(bits, v), result = load_bfloat16(bits); break;
+      case 5: store_float16(bits, v), result = load_float16(bits); break;
     }
     store_part(y + i, result, lanes);
   }

@@ -149,12 +149,8 @@ inline void step_sizes_of_lanes(const float* v, float* dt, int64_t n) {
   softplus_row(v, 0.0f, dt, n * W, Ahead{});
 }
 inline void step_sizes_and_slopes(float* v, float* dt, int64_t n) {
-  for (int64_t i = 0; i < n * W; i += W) store(dt + i, exp_of_negative_magnitude(load(v + i)));
-  for (int64_t i = 0; i < n * W; i += W) {
-    const V here = load(v + i), e = load(dt + i);
-    store(v + i, sigmoid_from(here, e));
-    store(dt + i, softplus_from(here, e));
-  }
+  softplus_row(v, 0.0f, dt, n * W, Ahead{});
+  for (int64_t i = 0; i < n * W; i += W) store(v + i, slope_of_softplus(load(dt + i)));
 }
 
 }  // namespace

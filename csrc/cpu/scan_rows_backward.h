@@ -47,6 +47,8 @@ struct RowBackwardPlan {
 struct alignas(64) RowBackwardScratch {
   float dt[row_tile], slope[row_tile], u[row_tile], g[row_tile], a[row_tile], ah[row_tile], d_dt[row_tile], d_u[row_tile],
       y[row_tile], spare[row_tile];
+  Effect runs[row_tile / block];
+  V entering[row_tile / block];
   float constant_B[block], constant_C[block];
 };
 
@@ -59,22 +61,34 @@ struct TurnedProjection {
   int64_t place(int64_t i) const { return constant ? i % block : i; }
 };
 
-template <bool reversed, typename Visit>
-inline void along_states(const float* dt, const float* u, const TurnedProjection& B, V exponent, int64_t n, V carry, Visit visit) {
-  for (int64_t walked = 0; walked < n; walked += block) {
-    const int64_t i = reversed ? n - block - walked : walked;
-    const Block step = Block::at(dt + i), x = Block::at(u + i), b = Block::at(B.data + B.place(i));
+// The states of a tile anew, block by block: decays a, a times the state before, and the states. meanwhile() is work for the
+// processor while the steps of enter_blocks wait for each other.
+template <bool reversed, typename Meanwhile, typename Visit>
+inline void along_states(RowBackwardScratch& s, const TurnedProjection& B, V exponent, int64_t n, V carry, Meanwhile meanwhile,
+                         Visit visit) {
+  for (int64_t i = 0; i < n; i += block) {
+    const Block step = Block::at(s.dt + i), x = Block::at(s.u + i), b = Block::at(B.data + B.place(i));
     Block a, w;
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) a.v[j] = exp2(step.v[j] * exponent);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) w.v[j] = step.v[j] * x.v[j] * b.v[j];
-    V h = enter<reversed>(compose<reversed>(a, w), carry);
+    for (int j = 0; j < 4; ++j) {
+      a.v[j] = exp2(step.v[j] * exponent);
+      w.v[j] = step.v[j] * x.v[j] * b.v[j];
+    }
+    a.to(s.a + i);
+    w.to(s.ah + i);
+    s.runs[i / block] = compose_runs<reversed>(a, w);
+  }
+  enter_blocks<reversed>(s.runs, s.entering, n / block, carry);
+  meanwhile();
+  for (int64_t i = 0; i < n; i += block) {
+    const Block a = Block::at(s.a + i), w = Block::at(s.ah + i);
+    Block ah, states;
+    V h = s.entering[i / block];
     along_run<reversed>([&](int j) {
-      const V ah = a.v[j] * h;
-      h = ah + w.v[j];
-      visit(i + j * W, a.v[j], ah, h);
+      ah.v[j] = a.v[j] * h;
+      states.v[j] = h = ah.v[j] + w.v[j];
     });
+    visit(i, a, ah, states);
   }
 }
 
@@ -94,51 +108,65 @@ struct RowBackwardTile {
   }
 };
 
-// Step sizes, their slope with respect to delta, u and g, as runs.
-inline void load_tile(const RowBackwardTile& t, float bias) {
+inline void fetch_next_channel(const RowBackwardTile& t, Dtype type, const void* row, int64_t channel, int64_t i) {
+  const void* at = element(type, row, channel + t.begin + i);
+  for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
+}
+
+// Step sizes and u, as runs. What lies beyond the end gets a step size of 0, which leaves the state as it is.
+inline void load_steps(const RowBackwardTile& t, float bias) {
   const ScanBackward& f = t.plan.f;
   const ScanSizes& sizes = t.plan.sizes;
   RowBackwardScratch& s = t.s;
   const V shift_by = all(bias);
-  const auto ahead = [&](Dtype type, const void* row, int64_t channel, int64_t i) {
-    const void* at = element(type, row, channel + t.begin + i);
-    for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
-  };
-  {  // What lies beyond the end gets a step size of 0, which leaves the state as it is.
-    const void* row = t.row(sizes.io, f.delta);
-    const TurnedRow delta(sizes.io, row, t.begin, t.n, t.padded, s.spare, sizes.delta_softplus ? -__builtin_inff() : -bias);
+  const bool with_softplus = sizes.delta_softplus;
+  const void* delta_row = t.row(sizes.io, f.delta);
+  const TurnedRow delta(sizes.io, delta_row, t.begin, t.n, t.padded, s.spare, with_softplus ? -__builtin_inff() : -bias);
+  V largest = all(0.0f);
+  for (int64_t i = 0; i < t.padded; i += block) {
+    fetch_next_channel(t, sizes.io, delta_row, f.delta.channel, i);
+    const Block v = delta(i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V x = v.v[j] + shift_by;
+      store(s.dt + i + j * W, with_softplus ? softplus_of_near(x, largest) : x);
+    }
+  }
+  if (with_softplus && any_far(largest))
     for (int64_t i = 0; i < t.padded; i += block) {
-      ahead(sizes.io, row, f.delta.channel, i);
       const Block v = delta(i);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const V shifted = v.v[j] + shift_by;
-        store(s.dt + i + j * W, shifted);
-        if (sizes.delta_softplus) store(s.slope + i + j * W, exp_of_negative_magnitude(shifted));
-      }
+      for (int j = 0; j < 4; ++j) store(s.dt + i + j * W, softplus(v.v[j] + shift_by));
     }
-  }
-  if (sizes.delta_softplus)
-    for (int64_t i = 0; i < t.padded; i += W) {
-      const V v = load(s.dt + i), e = load(s.slope + i);
-      store(s.dt + i, softplus_from(v, e));
-      store(s.slope + i, sigmoid_from(v, e));
-    }
-  else
-    for (int64_t i = 0; i < t.padded; i += block) {
-      for (int64_t j = i; j < i + block; ++j) s.slope[j] = j < t.n ? 1.0f : 0.0f;
-      Block::at(s.slope + i).turned().to(s.slope + i);
-    }
-  const void *u_row = t.row(sizes.io, f.u), *g_row = t.row(sizes.out, f.d_out);
+  const void* u_row = t.row(sizes.io, f.u);
   const TurnedRow u(sizes.io, u_row, t.begin, t.n, t.padded, s.spare);
   for (int64_t i = 0; i < t.padded; i += block) {
-    ahead(sizes.io, u_row, f.u.channel, i);
+    fetch_next_channel(t, sizes.io, u_row, f.u.channel, i);
     u(i).to(s.u + i);
   }
-  const TurnedRow g(sizes.out, g_row, t.begin, t.n, t.padded, s.spare);
+}
+
+// The gradient of the output, as runs.
+inline void load_gradient(const RowBackwardTile& t) {
+  const ScanSizes& sizes = t.plan.sizes;
+  const void* row = t.row(sizes.out, t.plan.f.d_out);
+  const TurnedRow g(sizes.out, row, t.begin, t.n, t.padded, t.s.spare);
   for (int64_t i = 0; i < t.padded; i += block) {
-    ahead(sizes.out, g_row, f.d_out.channel, i);
-    g(i).to(s.g + i);
+    fetch_next_channel(t, sizes.out, row, t.plan.f.d_out.channel, i);
+    g(i).to(t.s.g + i);
+  }
+}
+
+// The slope of the step size with respect to delta, as runs.
+inline void slopes_of_tile(const RowBackwardTile& t) {
+  RowBackwardScratch& s = t.s;
+  if (t.plan.sizes.delta_softplus) {
+    for (int64_t i = 0; i < t.padded; i += W) store(s.slope + i, slope_of_softplus(load(s.dt + i)));
+    return;
+  }
+  for (int64_t i = 0; i < t.padded; i += block) {
+    for (int64_t j = i; j < i + block; ++j) s.slope[j] = j < t.n ? 1.0f : 0.0f;
+    Block::at(s.slope + i).turned().to(s.slope + i);
   }
 }
 
@@ -151,8 +179,13 @@ inline void gate_tile(const RowBackwardTile& t, const float* A, float skip) {
   for (int64_t i = 0; i < t.padded; i += W) store(s.y + i, load(s.u + i) * all(skip));
   for (int64_t state = 0; state < sizes.state; ++state) {
     const TurnedProjection& C = t.C[state];
-    along_states<reversed>(s.dt, s.u, t.B[state], all(A[state] * log2_e), t.padded, all(t.entering[state]),
-                           [&](int64_t i, V, V, V h) { store(s.y + i, fma(load(C.data + C.place(i)), h, load(s.y + i))); });
+    along_states<reversed>(
+        s, t.B[state], all(A[state] * log2_e), t.padded, all(t.entering[state]), [] {},
+        [&](int64_t i, const Block&, const Block&, const Block& h) {
+          const Block c = Block::at(C.data + C.place(i));
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) store(s.y + i + j * W, fma(c.v[j], h.v[j], load(s.y + i + j * W)));
+        });
   }
   const TurnedRow z(sizes.io, t.row(sizes.io, f.z), t.begin, t.n, t.padded, s.spare);
   for (int64_t i = 0; i < t.padded; i += block) {
@@ -169,6 +202,51 @@ inline void gate_tile(const RowBackwardTile& t, const float* A, float skip) {
   store_turned(sizes.io, f.d_z, sequence * sizes.length + t.begin, t.n, t.padded, s.y, false);
 }
 
+// Sums over a row, kept as vectors.
+struct TileGradients {
+  float *d_A, *d_D, *d_bias;
+};
+
+// From what enters the runs of the adjoint to the gradients, for one state; those of delta and u go on from state to state in the
+// scratch memory, and at the last to rows, if given.
+template <bool reversed, bool starts, bool ends>
+void gradients_of_tile(RowBackwardScratch& s, const TurnedProjection& B, const TurnedProjection& C, float A_value, float skip_value,
+                       int64_t n, const TileGradients& sums, float* d_delta_to, float* d_u_to, bool streamed) {
+  const V A = all(A_value), skip = all(skip_value);
+  V d_A = load(sums.d_A), d_D = load(sums.d_D), d_bias = load(sums.d_bias);
+  for (int64_t i = 0; i < n; i += block) {
+    const Block a = Block::at(s.a + i), g = Block::at(s.g + i), c = Block::at(C.data + C.place(i));
+    Block d_dt, d_u;
+    V leaving = s.entering[i / block];
+    along_run<!reversed>([&](int j) {
+      const int64_t at = i + j * W;
+      const V lambda = fma(c.v[j], g.v[j], leaving);
+      leaving = a.v[j] * lambda;
+      const V by_step = lambda * load(s.dt + at), b = load(B.data + B.place(at)), u = load(s.u + at), ah = load(s.ah + at);
+      float* d_B = B.gradient + B.place(at);
+      store(d_B, fma(by_step, u, load(d_B)));
+      d_A = fma(by_step, ah, d_A);
+      d_dt.v[j] = lambda * fma(A, ah, b * u);
+      d_u.v[j] = fma(by_step, b, starts ? g.v[j] * skip : load(s.d_u + at));
+      if (!starts) d_dt.v[j] = d_dt.v[j] + load(s.d_dt + at);
+      if (ends) {
+        d_dt.v[j] = d_dt.v[j] * load(s.slope + at);
+        d_bias = d_bias + d_dt.v[j];
+        d_D = fma(g.v[j], u, d_D);
+      }
+    });
+    const auto put = [&](const Block& gradient, float* row, float* spare) {
+      if (row == nullptr) return gradient.to(spare + i);
+      streamed ? gradient.turned().stream_to(row + i) : gradient.turned().to(row + i);
+    };
+    put(d_dt, d_delta_to, s.d_dt);
+    put(d_u, d_u_to, s.d_u);
+  }
+  store(sums.d_A, d_A);
+  store(sums.d_D, d_D);
+  store(sums.d_bias, d_bias);
+}
+
 template <bool reversed>
 void backward_tile(const RowBackwardTile& t) {
   const RowBackwardPlan& plan = t.plan;
@@ -179,58 +257,56 @@ void backward_tile(const RowBackwardTile& t) {
   const auto of_channel = [&](const void* data) { return data == nullptr ? 0.0f : static_cast<const float*>(data)[channel]; };
   const float skip = of_channel(f.D);
   const float* As = static_cast<const float*>(f.A) + channel * N;
-  load_tile(t, of_channel(f.delta_bias));
-  if (f.z.data != nullptr) gate_tile<reversed>(t, As, skip);
-  V d_D = load(t.d_D), d_bias = load(t.d_bias);
+  const bool gated = f.z.data != nullptr;
+  load_steps(t, of_channel(f.delta_bias));
+  if (gated) {
+    load_gradient(t);
+    gate_tile<reversed>(t, As, skip);
+  }
+  // Gradients go straight to where they belong if nothing is left to be done to them.
+  const int64_t at = ((t.b * sizes.directions + t.k) * sizes.channels + t.d) * L + t.begin;
+  const bool straight = sizes.io == Dtype::float32 && t.n == t.padded;
+  float* const d_delta_to = straight ? static_cast<float*>(f.d_delta) + at : nullptr;
+  float* const d_u_to = straight && !sizes.shared ? static_cast<float*>(f.d_u) + at : nullptr;
   for (int64_t state = 0; state < N; ++state) {
     const TurnedProjection &B = t.B[state], &C = t.C[state];
-    along_states<reversed>(s.dt, s.u, B, all(As[state] * log2_e), t.padded, all(t.entering[state]), [&](int64_t i, V a, V ah, V h) {
-      store(s.a + i, a);
-      store(s.ah + i, ah);
-      float* d_C = C.gradient + C.place(i);
-      store(d_C, fma(load(s.g + i), h, load(d_C)));
-    });
     const bool starts = state == 0, ends = state == N - 1;
-    const V A = all(As[state]);
-    V mu = load(t.mu + state * W), d_A = load(t.d_A + state * W);
-    for (int64_t walked = 0; walked < t.padded; walked += block) {
-      const int64_t i = reversed ? walked : t.padded - block - walked;
-      const Block a = Block::at(s.a + i), g = Block::at(s.g + i), c = Block::at(C.data + C.place(i));
-      Block Cg, aCg;
+    along_states<reversed>(
+        s, B, all(As[state] * log2_e), t.padded, all(t.entering[state]),
+        [&] {
+          if (starts && !gated) load_gradient(t);
+        },
+        [&](int64_t i, const Block& a, const Block& ah, const Block& h) {
+          const Block c = Block::at(C.data + C.place(i)), g = Block::at(s.g + i);
+          float* d_C = C.gradient + C.place(i);
+          Block aCg;
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        Cg.v[j] = c.v[j] * g.v[j];
-        aCg.v[j] = a.v[j] * Cg.v[j];
-      }
-      V leaving = enter<!reversed>(compose<!reversed>(a, aCg), mu);
-      along_run<!reversed>([&](int j) {
-        const int64_t at = i + j * W;
-        const V lambda = leaving + Cg.v[j];
-        leaving = a.v[j] * lambda;
-        const V by_step = lambda * load(s.dt + at), b = load(B.data + B.place(at)), u = load(s.u + at), ah = load(s.ah + at);
-        float* d_B = B.gradient + B.place(at);
-        store(d_B, fma(by_step, u, load(d_B)));
-        d_A = fma(by_step, ah, d_A);
-        V d_dt = lambda * fma(A, ah, b * u);
-        V d_u = fma(by_step, b, starts ? g.v[j] * all(skip) : load(s.d_u + at));
-        if (!starts) d_dt = d_dt + load(s.d_dt + at);
-        if (ends) {
-          d_dt = d_dt * load(s.slope + at);
-          d_bias = d_bias + d_dt;
-          d_D = fma(g.v[j], u, d_D);
-        }
-        store(s.d_dt + at, d_dt);
-        store(s.d_u + at, d_u);
-      });
-    }
+          for (int j = 0; j < 4; ++j) {
+            store(d_C + j * W, fma(g.v[j], h.v[j], load(d_C + j * W)));
+            aCg.v[j] = a.v[j] * (c.v[j] * g.v[j]);
+          }
+          ah.to(s.ah + i);
+          s.runs[i / block] = compose_runs<!reversed>(a, aCg);
+        });
+    V mu = load(t.mu + state * W);
+    enter_blocks<!reversed>(s.runs, s.entering, t.padded / block, mu);
     store(t.mu + state * W, mu);
-    store(t.d_A + state * W, d_A);
+    if (ends) slopes_of_tile(t);
+    const TileGradients sums{t.d_A + state * W, t.d_D, t.d_bias};
+    if (N == 1)
+      gradients_of_tile<reversed, true, true>(s, B, C, As[state], skip, t.padded, sums, d_delta_to, d_u_to, plan.streamed);
+    else if (starts)
+      gradients_of_tile<reversed, true, false>(s, B, C, As[state], skip, t.padded, sums, nullptr, nullptr, false);
+    else if (ends)
+      gradients_of_tile<reversed, false, true>(s, B, C, As[state], skip, t.padded, sums, d_delta_to, d_u_to, plan.streamed);
+    else
+      gradients_of_tile<reversed, false, false>(s, B, C, As[state], skip, t.padded, sums, nullptr, nullptr, false);
   }
-  store(t.d_D, d_D);
-  store(t.d_bias, d_bias);
-  const int64_t sequence = (t.b * sizes.directions + t.k) * sizes.channels + t.d;
-  store_turned(sizes.io, f.d_delta, sequence * L + t.begin, t.n, t.padded, s.d_dt, plan.streamed);
-  if (!sizes.shared) return store_turned(sizes.io, f.d_u, sequence * L + t.begin, t.n, t.padded, s.d_u, plan.streamed);
+  if (d_delta_to == nullptr) store_turned(sizes.io, f.d_delta, at, t.n, t.padded, s.d_dt, false);
+  if (!sizes.shared) {
+    if (d_u_to == nullptr) store_turned(sizes.io, f.d_u, at, t.n, t.padded, s.d_u, false);
+    return;
+  }
   float* sum = t.d_u_sum + t.begin;
   for (int64_t i = 0; i < t.padded; i += block) Block::at(s.d_u + i).turned().to(s.d_u + i);
   if (!t.first)

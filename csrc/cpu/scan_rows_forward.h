@@ -46,7 +46,8 @@ struct RowSegment {
   int64_t b, k, d, begin, n, padded;
   bool reversed, first, last;       // of the directions that are summed into out
   float* sum;                       // where that sum is kept
-  int64_t offset, runs, squares;    // places in the scratch memory; no squares of its own: rows share them
+  int64_t offset, runs;             // places in the scratch memory
+  bool shares;                      // a square with other rows
   int64_t later_channels, later;    // where the walk will be `fetched_ahead` on: so many channels on, at this position
 
   int64_t sequence() const { return (b * f->sizes.directions + k) * f->sizes.channels + d; }
@@ -64,13 +65,13 @@ struct RowSegment {
   }
 };
 
-// Decays and inputs as runs, and what each run does to the state; the rest of the last square leaves the state as it is.
+// Decays and inputs as runs, and what each run does to the state.
 template <bool reversed>
 void decays_and_inputs(const RowSegment& t, RowForwardScratch& s, const float* u, const float* B, float A, Ahead ahead) {
   const V exponent = all(A * log2_e);
   const float* dt = s.dt + t.offset;
   float *a_to = s.a + t.offset, *w_to = s.w + t.offset;
-  Effect *runs = s.runs + t.runs, *const end = runs + t.squares * square_blocks;
+  Effect* runs = s.runs + t.runs;
   for (int64_t i = 0; i < t.padded; i += block) {
     ahead.fetch_lines(i);
     Block a, w;
@@ -86,17 +87,13 @@ void decays_and_inputs(const RowSegment& t, RowForwardScratch& s, const float* u
     w.to(w_to + i);
     *runs++ = compose_runs<reversed>(a, w);
   }
-  for (; runs < end; ++runs) *runs = {all(1.0f), all(0.0f)};
 }
 
 // From the state that enters a segment to those that enter its runs.
 template <bool reversed>
 void enter_segment(const RowSegment& t, RowForwardScratch& s, float* state) {
   V carry = all(*state);
-  for (int64_t walked = 0; walked < t.squares; ++walked) {
-    const int64_t at = t.runs + (reversed ? t.squares - 1 - walked : walked) * square_blocks;
-    enter_square<reversed>(s.runs + at, s.entering + at, carry);
-  }
+  enter_blocks<reversed>(s.runs + t.runs, s.entering + t.runs, t.padded / block, carry);
   store_part(state, carry, 1);
 }
 
@@ -183,7 +180,7 @@ inline void enter_batch(const RowBatch& batch, RowForwardScratch& s, int64_t n) 
   float* states[most_segments];
   for (int64_t i = 0; i < batch.count; ++i)
     states[i] = static_cast<float*>(f.last_state) + batch.segments[i].sequence() * N + n;
-  if (one.squares != 0) {
+  if (!one.shares) {
     for (int64_t i = 0; i < batch.count; ++i) {
       const RowSegment& t = batch.segments[i];
       t.reversed ? enter_segment<true>(t, s, states[i]) : enter_segment<false>(t, s, states[i]);
@@ -268,11 +265,11 @@ struct RowWalk {
       const bool reversed = f.sizes.reversed(k);
       const auto begin_of = [&](int64_t part) { return (reversed ? parts - 1 - part : part) * batch_steps; };
       const int64_t begin = begin_of(walked), n = smaller_of(batch_steps, L - begin), padded = round_up(n, block);
-      const int64_t later = walked + later_parts, wraps = later >= parts, squares = share ? 0 : divide_up(n, W * W);
+      const int64_t later = walked + later_parts, wraps = later >= parts;
       t = {&f,   b,        k,         d,   begin,  n,    padded,  reversed,
-           k == first, k == last, sum, offset, runs, squares, later_channels + wraps, begin_of(wraps ? later - parts : later)};
+           k == first, k == last, sum, offset, runs, share, later_channels + wraps, begin_of(wraps ? later - parts : later)};
       offset += padded;
-      runs += share ? padded / block : squares * square_blocks;
+      runs += round_up(padded / block, share ? 1 : square_blocks);
       if (++walked < parts) continue;
       walked = 0;
       if (++k <= last) continue;

@@ -49,19 +49,20 @@ def check_elementary() -> None:
     assert largest_error(elementary(x, "exp")[decays], wide.exp()[decays], 1 + wide[decays].abs()) < 2.5e-7
     assert largest_error(elementary(x, "softplus"), torch.nn.functional.softplus(wide, threshold=800)) < 3e-7
     assert largest_error(elementary(x, "sigmoid"), wide.sigmoid()) < 4e-7
+    assert largest_error(elementary(x, "slope"), wide.sigmoid()) < 6e-7
     assert elementary(torch.zeros(1), "exp").item() == 1.0
     near_one = torch.linspace(-1e-3, 0, 10_001)  # where an error is multiplied by 1 / (1 - a)
     assert largest_error(elementary(near_one, "exp"), near_one.double().exp()) < 7e-8
     ends = torch.tensor([-torch.inf, torch.inf])
     assert elementary(ends, "exp").tolist() == [0.0, torch.inf]
     assert elementary(ends, "softplus").tolist() == [0.0, torch.inf]
-    assert elementary(ends, "sigmoid").tolist() == [0.0, 1.0]
+    assert elementary(ends, "sigmoid").tolist() == elementary(ends, "slope").tolist() == [0.0, 1.0]
     x = all_magnitudes()
     for name in ("bfloat16", "float16"):
         rounded = x.to(getattr(torch, name)).float()
         torch.testing.assert_close(elementary(x, name), rounded, rtol=0, atol=0, equal_nan=True)
     nan = torch.full((3,), torch.nan)
-    for name in ("exp", "softplus", "sigmoid"):
+    for name in ("exp", "softplus", "sigmoid", "slope"):
         assert elementary(nan, name).isnan().all(), name
 
 

@@ -82,13 +82,6 @@ inline V last_everywhere(V x) {
   return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(reversed ? 0 : 7));
 }
 
-inline V groups_in_order(V x) { return _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
-template <bool reversed>
-inline V before_each_group(V x, V carry) {
-  const __m256i from = reversed ? _mm256_setr_epi32(1, 3, 5, 7, 2, 4, 6, 0) : _mm256_setr_epi32(0, 1, 3, 5, 0, 2, 4, 6);
-  return _mm256_blend_ps(_mm256_permutevar8x32_ps(x, from), carry, reversed ? 0x80 : 0x01);
-}
-
 inline void transpose_pieces(V* r) {
   const V low = _mm256_permute2f128_ps(r[0], r[1], 0x20), high = _mm256_permute2f128_ps(r[0], r[1], 0x31);
   r[0] = low;

@@ -89,16 +89,6 @@ inline V last_everywhere(V x) {
   return reversed ? _mm512_broadcastss_ps(_mm512_castps512_ps128(x)) : _mm512_permutexvar_ps(_mm512_set1_epi32(15), x);
 }
 
-inline V groups_in_order(V x) {
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
-}
-template <bool reversed>
-inline V before_each_group(V x, V carry) {
-  const __m512i from = reversed ? _mm512_setr_epi32(1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 4, 8, 12, 16)
-                                : _mm512_setr_epi32(16, 3, 7, 11, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14);
-  return _mm512_permutex2var_ps(x, from, carry);
-}
-
 inline void transpose_pieces(V* r) {
   const V x0 = _mm512_shuffle_f32x4(r[0], r[1], 0x44), x1 = _mm512_shuffle_f32x4(r[0], r[1], 0xee);
   const V x2 = _mm512_shuffle_f32x4(r[2], r[3], 0x44), x3 = _mm512_shuffle_f32x4(r[2], r[3], 0xee);

@@ -1,10 +1,10 @@
 // The recurrence h = a h + b over a block of 4 W consecutive positions, walked from either end.
 //
 // Four vectors in memory order are turned into "runs" by transposing 4x4 within 128-bit pieces: every lane then holds four
-// consecutive positions, one in each of the four vectors. Three dependent steps compose each run, a log-step scan composes the
-// runs, and the state that enters the block is applied to that, h = P carry + q. So the chain from block to block is one fused
-// multiply-add, and a block's (P, q) does not depend on the carry: computing them first and the carries later, chunk by chunk on
-// several threads, gives the same bits.
+// consecutive positions, one in each of the four vectors. Three dependent steps compose each run. Then W / 4 blocks at once (a
+// "square" of W vectors): turning the pieces of what their runs do brings a vector's runs one above the other, three more steps
+// compose them, and one log-step scan over lanes composes W vectors. From the state that enters the square the same way leads
+// back to the states that enter the runs, and to all others.
 #pragma once
 
 namespace dass::cpu {
@@ -50,7 +50,7 @@ inline void compose_step(V& a, V& b) {
   }
 }
 
-// What a block does to the state: lane by lane, all runs up to and including that of the lane.
+// What a run does to the state, lane by lane: h becomes P h + q.
 struct Effect {
   V P, q;
 };
@@ -65,19 +65,6 @@ inline Effect compose_runs(const Block& a, const Block& b) {
     q = fma(a.v[first + i * step], q, b.v[first + i * step]);
     P = a.v[first + i * step] * P;
   }
-  return {P, q};
-}
-
-// Of a block as runs.
-template <bool reversed>
-inline Effect compose(const Block& a, const Block& b) {
-  auto [P, q] = compose_runs<reversed>(a, b);
-  P = groups_in_order(P);
-  q = groups_in_order(q);
-  compose_step<1, reversed>(P, q);
-  compose_step<2, reversed>(P, q);
-  compose_step<4, reversed>(P, q);
-  compose_step<8, reversed>(P, q);
   return {P, q};
 }
 
@@ -116,12 +103,14 @@ inline void enter_square(const Effect* runs, V* entering, V& carry) {
   for (int i = 0; i < square_blocks; ++i) entering[i] = h[i];
 }
 
-// The states that enter each run; the carry (the same in all lanes) moves on to the state after the block.
+// The same for any number of blocks, from the state that enters them; the rest of the last square leaves the state as it is.
 template <bool reversed>
-inline V enter(const Effect& effect, V& carry) {
-  const V after = fma(effect.P, carry, effect.q), before = before_each_group<reversed>(after, carry);
-  carry = last_everywhere<reversed>(after);
-  return before;
+inline void enter_blocks(Effect* runs, V* entering, int64_t blocks, V& carry) {
+  for (; blocks % square_blocks != 0; ++blocks) runs[blocks] = {all(1.0f), all(0.0f)};
+  for (int64_t walked = 0; walked < blocks; walked += square_blocks) {
+    const int64_t at = reversed ? blocks - square_blocks - walked : walked;
+    enter_square<reversed>(runs + at, entering + at, carry);
+  }
 }
 
 // visit(i) for the places in a run in scan order.

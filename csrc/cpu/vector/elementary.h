@@ -1,7 +1,6 @@
 // exp, softplus and sigmoid of vectors, accurate to about 1.5e-7 relative wherever the result is a normal float.
 //
-// The kernels use the pieces: a decay factor is exp2 of (A log2 e) dt, dt is softplus from e = exp(-|v|), and the sigmoid that
-// the backward needs comes from the same e. Polynomials are minimax fits (Lawson's algorithm on Chebyshev nodes).
+// The kernels use the pieces: a decay factor is exp2 of (A log2 e) dt, dt is a softplus, and its slope comes from dt. Polynomials are minimax fits (Lawson's algorithm on Chebyshev nodes).
 #pragma once
 
 namespace dass::cpu {
@@ -9,13 +8,15 @@ namespace {
 
 constexpr float log2_e = 1.44269504088896341f, log2_e_rest = 1.925963033500011e-08f;
 
-inline V exp2_polynomial(V r) {  // 2^r, |r| <= 1/2; exactly 1 at 0, where decay factors need their accuracy
-  V p = fma(all(1.326472731307149e-03f), r, all(9.671512991189957e-03f));
-  p = fma(p, r, all(5.550733581185341e-02f));
-  p = fma(p, r, all(2.4022242426872253e-01f));
-  p = fma(p, r, all(6.931470036506653e-01f));
-  return fma(p, r, all(1.0f));
+inline V exp2_quotient(V r) {  // (2^r - 1) / r, |r| <= 1/2
+  V q = fma(all(1.326472731307149e-03f), r, all(9.671512991189957e-03f));
+  q = fma(q, r, all(5.550733581185341e-02f));
+  q = fma(q, r, all(2.4022242426872253e-01f));
+  return fma(q, r, all(6.931470036506653e-01f));
 }
+
+// 2^r; exactly 1 at 0, where decay factors need their accuracy.
+inline V exp2_polynomial(V r) { return fma(exp2_quotient(r), r, all(1.0f)); }
 
 inline V exp2(V x) {
 #if defined(DASS_VECTOR_REMAINDER)
@@ -42,42 +43,6 @@ inline V exp_of_negative_magnitude(V v) {
 
 constexpr float to_whole = 12582912.0f;  // added to |x| < 2^22, leaves the nearest whole number in the lowest bits
 
-// log(1 + e) + plus for e in [0, 1].
-#if defined(DASS_VECTOR_TABLE)
-// Nodes 1 + i/15: rounded inverses, and minus the logarithms of those.
-alignas(64) constexpr float node_inverse[16] = {
-    1.0f,         0.9375f,      0.882352948f, 0.833333313f, 0.789473712f, 0.75f,        0.714285731f, 0.681818187f,
-    0.652173936f, 0.625f,       0.600000024f, 0.576923072f, 0.555555582f, 0.535714269f, 0.517241359f, 0.5f};
-alignas(64) constexpr float node_log[16] = {
-    0.0f,         0.0645385236f, 0.125163138f, 0.182321578f, 0.236388743f, 0.287682086f, 0.336472213f, 0.382992238f,
-    0.427443981f, 0.470003635f,  0.510825574f, 0.550046325f, 0.587786615f, 0.62415433f,  0.65924567f,  0.693147182f};
-
-inline V log_one_plus(V e, V plus) {
-  const V node = fma(e, all(15.0f), all(to_whole));
-  const V inverse = table(node_inverse, node), f = fma(e, inverse, inverse - all(1.0f));
-  V q = fma(all(-0.2501969635486603f), f, all(0.33351755142211914f));
-  q = fma(q, f, all(-0.4999999701976776f));
-  q = fma(q, f, all(1.0f));
-  return fma(q, f, table(node_log, node) + plus);
-}
-#else
-inline V log_one_plus(V e, V plus) {
-  V q = fma(all(-3.2440228387713432e-03f), e, all(1.9851455464959145e-02f));
-  q = fma(q, e, all(-5.6959524750709534e-02f));
-  q = fma(q, e, all(1.0603655129671097e-01f));
-  q = fma(q, e, all(-1.5305593609809875e-01f));
-  q = fma(q, e, all(1.967594027519226e-01f));
-  q = fma(q, e, all(-2.4954134225845337e-01f));
-  q = fma(q, e, all(3.332996368408203e-01f));
-  q = fma(q, e, all(-4.999990165233612e-01f));
-  q = fma(q, e, all(1.0f));
-  return fma(q, e, plus);
-}
-#endif
-
-// softplus(v) = max(v, 0) + log(1 + e) for e = exp(-|v|).
-inline V softplus_from(V v, V e) { return log_one_plus(e, larger(all(0.0f), v)); }
-
 #if defined(DASS_VECTOR_TABLE)
 // Without the exponential: log(1 + exp(-t)) as one polynomial for each t = |v| within 1/2 of a whole number. Coefficients fitted for
 // the least relative error, one after the other, each rounded before the next; a third fewer operations than by way of e.
@@ -98,8 +63,10 @@ alignas(64) constexpr float softplus_coefficients[7][16] = {
     {4.756394e-04f, -6.911306e-05f, -1.1956233e-04f, -7.111606e-06f, 1.3132745e-05f, 7.3840843e-06f, 3.1225268e-06f, 1.2067877e-06f,
      4.6011843e-07f, 1.6927618e-07f, 6.0587226e-08f, 2.199994e-08f, 8.490335e-09f, 3.0818932e-09f, 1.1449935e-09f, 4.0641088e-10f}};
 
-inline V softplus_of_near(V v) {  // |v| <= softplus_near
+// Of |v| <= softplus_near; `largest` becomes the largest |v| that was seen, for any_far.
+inline V softplus_of_near(V v, V& largest) {
   const V t = magnitude(v), index = t + all(to_whole), r = t - (index - all(to_whole));
+  largest = larger_bits(largest, t);
   V q = table(softplus_coefficients[6], index);
 #pragma GCC unroll 5
   for (int i = 5; i > 0; --i) q = fma(q, r, table(softplus_coefficients[i], index));
@@ -107,11 +74,39 @@ inline V softplus_of_near(V v) {  // |v| <= softplus_near
 }
 inline V softplus(V v) {
   const V e = exp_of_negative_magnitude(v), far = fma(e * all(-0.5f), e, e) + larger(all(0.0f), v);
-  return where_beyond(magnitude(v), softplus_near, far, softplus_of_near(v));
+  V largest = v;
+  return where_beyond(magnitude(v), softplus_near, far, softplus_of_near(v, largest));
 }
+inline bool any_far(V largest) { return any_beyond(largest, softplus_near); }
 #else
+// log(1 + e) + plus for e in [0, 1].
+inline V log_one_plus(V e, V plus) {
+  V q = fma(all(-3.2440228387713432e-03f), e, all(1.9851455464959145e-02f));
+  q = fma(q, e, all(-5.6959524750709534e-02f));
+  q = fma(q, e, all(1.0603655129671097e-01f));
+  q = fma(q, e, all(-1.5305593609809875e-01f));
+  q = fma(q, e, all(1.967594027519226e-01f));
+  q = fma(q, e, all(-2.4954134225845337e-01f));
+  q = fma(q, e, all(3.332996368408203e-01f));
+  q = fma(q, e, all(-4.999990165233612e-01f));
+  q = fma(q, e, all(1.0f));
+  return fma(q, e, plus);
+}
+
+// softplus(v) = max(v, 0) + log(1 + e) for e = exp(-|v|).
+inline V softplus_from(V v, V e) { return log_one_plus(e, larger(all(0.0f), v)); }
+
 inline V softplus(V v) { return softplus_from(v, exp_of_negative_magnitude(v)); }
+inline V softplus_of_near(V v, V&) { return softplus(v); }
+inline bool any_far(V) { return false; }
 #endif
+
+// 1 - exp(-s) for s >= 0, accurate for small s as well: the sigmoid of v where s is its softplus, the slope of that. With r = x - n
+// and 2^r = 1 + r q, it is (1 - 2^n) - 2^n r q, and n is 0 for small s.
+inline V slope_of_softplus(V s) {
+  const V x = larger(all(-151.0f), s * all(-log2_e)), n = nearest(x), r = x - n, scale = times_power_of_two(all(1.0f), n);
+  return fma(exp2_quotient(r) * r, all(0.0f) - scale, all(1.0f) - scale);
+}
 
 inline V sigmoid_from(V v, V e) { return where_not_negative(v, all(1.0f), e) * reciprocal(e + all(1.0f)); }
 

@@ -86,14 +86,6 @@ inline V last_everywhere(V x) {  // the last lane (the first if reversed) in all
   return all(x[reversed ? 0 : 3]);
 }
 
-// For block_scan.h: after transpose4, lane 4 p + i (piece p) is run i pieces + p of the block. Lanes in the order of their runs:
-inline V groups_in_order(V x) { return x; }
-// ... and back, each lane receiving what precedes its run: the run before it, or the carry.
-template <bool reversed>
-inline V before_each_group(V x, V carry) {
-  return shift<1, reversed>(x, carry);
-}
-
 inline void transpose_pieces(V*) {}  // W / 4 vectors: piece g of vector p <-> piece p of vector g
 inline V sum_pieces(const V* z) { return z[0]; }     // piece g of the result: the sum of the pieces of z[g]
 

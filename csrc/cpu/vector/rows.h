@@ -83,11 +83,9 @@ inline void softplus_row(const float* v, float bias, float* to, int64_t n, Ahead
   V largest = all(0.0f);
   for (int64_t i = 0; i < n; i += W) {
     ahead.fetch(i);
-    const V x = load(v + i) + shift_by;
-    largest = larger_bits(largest, magnitude(x));
-    store(to + i, softplus_of_near(x));
+    store(to + i, softplus_of_near(load(v + i) + shift_by, largest));
   }
-  if (any_beyond(largest, softplus_near))
+  if (any_far(largest))
     for (int64_t i = 0; i < n; i += W) store(to + i, softplus(load(v + i) + shift_by));
 #else  // two loops: each keeps its constants in registers
   for (int64_t i = 0; i < n; i += W) {
