@@ -119,25 +119,23 @@ inline void load_steps(const RowBackwardTile& t, float bias) {
   const ScanSizes& sizes = t.plan.sizes;
   RowBackwardScratch& s = t.s;
   const V shift_by = all(bias);
-  const bool with_softplus = sizes.delta_softplus;
   const void* delta_row = t.row(sizes.io, f.delta);
-  const TurnedRow delta(sizes.io, delta_row, t.begin, t.n, t.padded, s.spare, with_softplus ? -__builtin_inff() : -bias);
-  V largest = all(0.0f);
-  for (int64_t i = 0; i < t.padded; i += block) {
-    fetch_next_channel(t, sizes.io, delta_row, f.delta.channel, i);
-    const Block v = delta(i);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const V x = v.v[j] + shift_by;
-      store(s.dt + i + j * W, with_softplus ? softplus_of_near(x, largest) : x);
-    }
-  }
-  if (with_softplus && any_far(largest))
+  const TurnedRow delta(sizes.io, delta_row, t.begin, t.n, t.padded, s.spare, sizes.delta_softplus ? -__builtin_inff() : -bias);
+  const auto each = [&](auto step_size) {
     for (int64_t i = 0; i < t.padded; i += block) {
+      fetch_next_channel(t, sizes.io, delta_row, f.delta.channel, i);
       const Block v = delta(i);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) store(s.dt + i + j * W, softplus(v.v[j] + shift_by));
+      for (int j = 0; j < 4; ++j) store(s.dt + i + j * W, step_size(v.v[j] + shift_by));
     }
+  };
+  if (sizes.delta_softplus) {
+    SoftplusNear near;
+    each([&](V x) { return near(x); });
+    if (near.was_far()) each([&](V x) { return softplus(x); });
+  } else {
+    each([&](V x) { return x; });
+  }
   const void* u_row = t.row(sizes.io, f.u);
   const TurnedRow u(sizes.io, u_row, t.begin, t.n, t.padded, s.spare);
   for (int64_t i = 0; i < t.padded; i += block) {

@@ -9,9 +9,9 @@ namespace dass::cpu {
 namespace {
 
 constexpr int64_t row_tile = 256;
-constexpr int64_t streaming_elements = int64_t{1} << 20;  // from here on outputs bypass the caches
+constexpr int64_t streaming_elements = int64_t{1} << 18;  // from here on outputs bypass the caches
 constexpr int64_t batch_steps = 512, most_segments = batch_steps / block;
-constexpr int64_t fetched_ahead = 1024;  // of what is fetched early
+constexpr int64_t fetched_ahead = 512;  // of what is fetched early
 
 // B or C of a channel as rows of floats from position `begin` on: row(n).
 struct RowSource {

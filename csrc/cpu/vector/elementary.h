@@ -63,21 +63,28 @@ alignas(64) constexpr float softplus_coefficients[7][16] = {
     {4.756394e-04f, -6.911306e-05f, -1.1956233e-04f, -7.111606e-06f, 1.3132745e-05f, 7.3840843e-06f, 3.1225268e-06f, 1.2067877e-06f,
      4.6011843e-07f, 1.6927618e-07f, 6.0587226e-08f, 2.199994e-08f, 8.490335e-09f, 3.0818932e-09f, 1.1449935e-09f, 4.0641088e-10f}};
 
-// Of |v| <= softplus_near; `largest` becomes the largest |v| that was seen, for any_far.
-inline V softplus_of_near(V v, V& largest) {
-  const V t = magnitude(v), index = t + all(to_whole), r = t - (index - all(to_whole));
-  largest = larger_bits(largest, t);
-  V q = table(softplus_coefficients[6], index);
+// softplus of |v| <= softplus_near, for loops: the coefficients stay in registers.
+struct SoftplusNear {
+  V coefficients[7], largest = all(0.0f);
+
+  SoftplusNear() {
+#pragma GCC unroll 7
+    for (int i = 0; i < 7; ++i) coefficients[i] = in_register(load(softplus_coefficients[i]));
+  }
+  V operator()(V v) {
+    const V t = magnitude(v), index = t + all(to_whole), r = t - (index - all(to_whole));
+    largest = larger_bits(largest, t);
+    V q = table(coefficients[6], index);
 #pragma GCC unroll 5
-  for (int i = 5; i > 0; --i) q = fma(q, r, table(softplus_coefficients[i], index));
-  return fma(q, r, table(softplus_coefficients[0], index) + larger_bits(v, all(0.0f)));
-}
+    for (int i = 5; i > 0; --i) q = fma(q, r, table(coefficients[i], index));
+    return fma(q, r, table(coefficients[0], index) + larger_bits(v, all(0.0f)));
+  }
+  bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its result is not valid
+};
 inline V softplus(V v) {
   const V e = exp_of_negative_magnitude(v), far = fma(e * all(-0.5f), e, e) + larger(all(0.0f), v);
-  V largest = v;
-  return where_beyond(magnitude(v), softplus_near, far, softplus_of_near(v, largest));
+  return where_beyond(magnitude(v), softplus_near, far, SoftplusNear()(v));
 }
-inline bool any_far(V largest) { return any_beyond(largest, softplus_near); }
 #else
 // log(1 + e) + plus for e in [0, 1].
 inline V log_one_plus(V e, V plus) {
@@ -97,8 +104,10 @@ inline V log_one_plus(V e, V plus) {
 inline V softplus_from(V v, V e) { return log_one_plus(e, larger(all(0.0f), v)); }
 
 inline V softplus(V v) { return softplus_from(v, exp_of_negative_magnitude(v)); }
-inline V softplus_of_near(V v, V&) { return softplus(v); }
-inline bool any_far(V) { return false; }
+struct SoftplusNear {
+  V operator()(V v) const { return softplus(v); }
+  bool was_far() const { return false; }
+};
 #endif
 
 // 1 - exp(-s) for s >= 0, accurate for small s as well: the sigmoid of v where s is its softplus, the slope of that. With r = x - n

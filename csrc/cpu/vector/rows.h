@@ -80,12 +80,12 @@ struct Ahead {
 inline void softplus_row(const float* v, float bias, float* to, int64_t n, Ahead ahead) {
   const V shift_by = all(bias);
 #if defined(DASS_VECTOR_TABLE)
-  V largest = all(0.0f);
+  SoftplusNear near;
   for (int64_t i = 0; i < n; i += W) {
     ahead.fetch(i);
-    store(to + i, softplus_of_near(load(v + i) + shift_by, largest));
+    store(to + i, near(load(v + i) + shift_by));
   }
-  if (any_far(largest))
+  if (near.was_far())
     for (int64_t i = 0; i < n; i += W) store(to + i, softplus(load(v + i) + shift_by));
 #else  // two loops: each keeps its constants in registers
   for (int64_t i = 0; i < n; i += W) {
