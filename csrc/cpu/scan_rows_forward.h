@@ -218,11 +218,15 @@ void forward_batch(const RowBatch& batch, const RowBatch& next, RowForwardScratc
       for (int64_t i = 0; i < N; ++i) state[i] = initial == nullptr ? 0.0f : initial[t->sequence() * N + i];
   }
   for (int64_t i = 0; i < N; ++i) {
-    const float* C_rows[most_segments];
+    const float *B_row = nullptr, *C_rows[most_segments];
+    const void *B_at = nullptr, *C_at = nullptr;
     for (const RowSegment* t = begin; t < end; ++t) {
       const RowSource B(f.B, sizes.io, sizes.channels, t->b, t->k, t->d), C(f.C, sizes.io, sizes.channels, t->b, t->k, t->d);
-      const float* B_row = B.row(i, t->begin, t->n, t->padded, s.B + t->offset);
-      C_rows[t - begin] = C.row(i, t->begin, t->n, t->padded, s.C + t->offset);
+      const bool again = t > begin && t->begin == t[-1].begin;  // the same steps of the next channel: often of the same B and C
+      if (!again || B.at != B_at) B_row = B.row(i, t->begin, t->n, t->padded, s.B + t->offset);
+      C_rows[t - begin] = again && C.at == C_at ? C_rows[t - begin - 1] : C.row(i, t->begin, t->n, t->padded, s.C + t->offset);
+      B_at = f.B.constant ? nullptr : B.at;
+      C_at = f.C.constant ? nullptr : C.at;
       const float A = static_cast<const float*>(f.A)[(t->k * sizes.channels + t->d) * N + i];
       const auto run = t->reversed ? decays_and_inputs<true> : decays_and_inputs<false>;
       run(*t, s, u[t - begin], B_row, A, i == 0 ? t->ahead(f.u) : Ahead{});
