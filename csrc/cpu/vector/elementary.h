@@ -8,15 +8,13 @@ namespace {
 
 constexpr float log2_e = 1.44269504088896341f, log2_e_rest = 1.925963033500011e-08f;
 
-inline V exp2_quotient(V r) {  // (2^r - 1) / r, |r| <= 1/2
-  V q = fma(all(1.326472731307149e-03f), r, all(9.671512991189957e-03f));
-  q = fma(q, r, all(5.550733581185341e-02f));
-  q = fma(q, r, all(2.4022242426872253e-01f));
-  return fma(q, r, all(6.931470036506653e-01f));
+inline V exp2_polynomial(V r) {  // 2^r, |r| <= 1/2; exactly 1 at 0, where decay factors need their accuracy
+  V p = fma(all(1.326472731307149e-03f), r, all(9.671512991189957e-03f));
+  p = fma(p, r, all(5.550733581185341e-02f));
+  p = fma(p, r, all(2.4022242426872253e-01f));
+  p = fma(p, r, all(6.931470036506653e-01f));
+  return fma(p, r, all(1.0f));
 }
-
-// 2^r; exactly 1 at 0, where decay factors need their accuracy.
-inline V exp2_polynomial(V r) { return fma(exp2_quotient(r), r, all(1.0f)); }
 
 inline V exp2(V x) {
 #if defined(DASS_VECTOR_REMAINDER)
@@ -111,10 +109,15 @@ struct SoftplusNear {
 #endif
 
 // 1 - exp(-s) for s >= 0, accurate for small s as well: the sigmoid of v where s is its softplus, the slope of that. With r = x - n
-// and 2^r = 1 + r q, it is (1 - 2^n) - 2^n r q, and n is 0 for small s.
+// and 2^r = 1 + r q, it is (1 - 2^n) - 2^n r q, and n is 0 for small s. So it is q whose relative error counts.
 inline V slope_of_softplus(V s) {
   const V x = larger(all(-151.0f), s * all(-log2_e)), n = nearest(x), r = x - n, scale = times_power_of_two(all(1.0f), n);
-  return fma(exp2_quotient(r) * r, all(0.0f) - scale, all(1.0f) - scale);
+  V q = fma(all(1.5382083074655384e-04f), r, all(1.3387383660301566e-03f));
+  q = fma(q, r, all(9.618311189115047e-03f));
+  q = fma(q, r, all(5.550367385149002e-02f));
+  q = fma(q, r, all(2.4022649228572845e-01f));
+  q = fma(q, r, all(6.931471824645996e-01f));
+  return fma(q * r, all(0.0f) - scale, all(1.0f) - scale);
 }
 
 inline V sigmoid_from(V v, V e) { return where_not_negative(v, all(1.0f), e) * reciprocal(e + all(1.0f)); }
