@@ -11,9 +11,13 @@ namespace dass::cpu {
 
 // Runs run(context, 0) .. run(context, count - 1) on torch's intra-op threads, each exactly once; the calling thread alone where
 // it is already one of them. Which thread runs a task is left open: tasks write to places of their own, and sums over tasks are
-// taken afterwards in a fixed order, so that results do not depend on the number of threads.
+// taken afterwards in a fixed order, so that results do not depend on the number of threads. Tasks are begun in order: one may wait for
+// what an earlier one sets.
 void parallel_tasks(int64_t count, void (*run)(void* context, int64_t task), void* context);
 int64_t thread_count();
+void set_flag(int32_t* flag);
+bool is_set(const int32_t* flag);
+void wait_for(const int32_t* flag);
 
 namespace {  // a lambda is a type of its translation unit
 template <typename Task>

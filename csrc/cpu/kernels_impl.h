@@ -8,6 +8,7 @@
 #include "cpu/vector/turned_rows.h"
 #include "cpu/scan_rows_forward.h"
 #include "cpu/scan_sums.h"
+#include "cpu/pieces.h"
 #include "cpu/scan_rows_backward.h"
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 
 #include "cpu/kernels.h"
 
@@ -128,6 +129,13 @@ void parallel_tasks(int64_t count, void (*run)(void*, int64_t), void* context) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(context, i);
     if (scratch.bytes > kept_scratch) scratch.release();
   });
+}
+
+void set_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELEASE); }
+bool is_set(const int32_t* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE) != 0; }
+void wait_for(const int32_t* flag) {
+  for (int64_t tries = 0; !is_set(flag); ++tries)
+    if (tries > 1000) std::this_thread::yield();  // more threads than processors, perhaps
 }
 
 Buffer::Buffer(size_t bytes) : data_(pool().take(bytes, bytes_)) {}

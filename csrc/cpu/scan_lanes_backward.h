@@ -295,7 +295,7 @@ bool scan_backward_lanes(const ScanBackward& f) {
       (sizes.reversed(k) ? backward_lanes<true> : backward_lanes<false>)(plan, b, k, unit, split, *s, k == first, k == last);
   });
   const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
-    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, slabs, to);
+    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, 1, slabs, to);
   };
   finish(f.B, plan.d_B, f.d_B);
   finish(f.C, plan.d_C, f.d_C);

@@ -6,7 +6,9 @@
 // would be six, and the shared ones are taken once for all channels.
 //
 // d_B and d_C are sums over channels: each task leaves its own in a slab, and the slabs are added in order at the end. How many
-// there are depends on shapes alone.
+// there are depends on shapes alone. Sums over steps are taken piece by piece of a row, and added in order too.
+//
+// Where there are fewer tasks than threads a task is a piece of a row, and the carry passes from one to the next: see pieces.h.
 #pragma once
 
 namespace dass::cpu {
@@ -15,9 +17,9 @@ namespace {
 struct RowBackwardPlan {
   const ScanBackward& f;
   const ScanSizes& sizes;
-  int64_t units, per_unit, splits, per_split, row;
-  Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, K, D, N)
-  Buffer d_A, d_D, d_bias;   // (batch, K, D, N), (batch, K, D) twice
+  int64_t units, per_unit, splits, per_split, row, pieces;
+  Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, pieces, K, D, N)
+  Buffer d_A, d_D, d_bias;   // (batch, pieces, K, D, N), (batch, pieces, K, D) twice
   Buffer d_u;                // (batch, D, L): where directions are summed and d_u is too short to hold the sum
   bool streamed;
 
@@ -29,18 +31,19 @@ struct RowBackwardPlan {
         splits(divide_up(per_unit, divide_up(per_unit, wanted_splits(sizes, units)))),
         per_split(divide_up(per_unit, splits)),
         row(round_up(sizes.length, block)),
+        pieces(divide_up(sizes.length, row_piece)),
         d_B(4 * slab_elements(f.B)),
         d_C(4 * slab_elements(f.C)),
-        d_A(4 * sequences() * sizes.state),
-        d_D(4 * sequences()),
-        d_bias(4 * sequences()),
+        d_A(4 * sequences() * pieces * sizes.state),
+        d_D(4 * sequences() * pieces),
+        d_bias(4 * sequences() * pieces),
         d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
         streamed(sizes.io == Dtype::float32 && 2 * sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
                  (reinterpret_cast<uintptr_t>(f.d_u) | reinterpret_cast<uintptr_t>(f.d_delta)) % 64 == 0) {}
 
   int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
   int64_t slab_elements(const Projection& p) const {
-    return p.constant ? sequences() * sizes.state : sizes.batch * sizes.directions * units * splits * sizes.state * row;
+    return p.constant ? sequences() * pieces * sizes.state : sizes.batch * sizes.directions * units * splits * sizes.state * row;
   }
 };
 
@@ -102,18 +105,31 @@ struct RowBackwardTile {
   float *mu, *d_A, *d_D, *d_bias;     // vectors: (N), (N), one, one
   float* d_u_sum;                     // where directions are summed: the channel's row
   bool first, last;                   // of the directions that are summed
+  int64_t next_rows, next_steps;      // the next tile of the walk is so many rows and steps further on
 
   const void* row(Dtype type, const Sequence& of) const {
     return element(type, of.data, b * of.batch + k * of.direction + d * of.channel);
   }
+  void fetch_next(Dtype type, const Sequence& of, const void* row, int64_t i) const {
+    const void* at = element(type, row, next_rows * of.channel + next_steps + begin + i);
+    for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
+  }
+  float parameter(const void* data) const {
+    return data == nullptr ? 0.0f : static_cast<const float*>(data)[k * plan.sizes.channels + d];
+  }
 };
 
-inline void fetch_next_channel(const RowBackwardTile& t, Dtype type, const void* row, int64_t channel, int64_t i) {
-  const void* at = element(type, row, channel + t.begin + i);
-  for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
+// A stretch of a row as runs; the next tile's is fetched meanwhile.
+inline void load_runs(const RowBackwardTile& t, Dtype type, const Sequence& of, float* to) {
+  const void* at = t.row(type, of);
+  const TurnedRow row(type, at, t.begin, t.n, t.padded, t.s.spare);
+  for (int64_t i = 0; i < t.padded; i += block) {
+    t.fetch_next(type, of, at, i);
+    row(i).to(to + i);
+  }
 }
 
-// Step sizes and u, as runs. What lies beyond the end gets a step size of 0, which leaves the state as it is.
+// Step sizes, as runs. What lies beyond the end gets a step size of 0, which leaves the state as it is.
 inline void load_steps(const RowBackwardTile& t, float bias) {
   const ScanBackward& f = t.plan.f;
   const ScanSizes& sizes = t.plan.sizes;
@@ -123,7 +139,7 @@ inline void load_steps(const RowBackwardTile& t, float bias) {
   const TurnedRow delta(sizes.io, delta_row, t.begin, t.n, t.padded, s.spare, sizes.delta_softplus ? -__builtin_inff() : -bias);
   const auto each = [&](auto step_size) {
     for (int64_t i = 0; i < t.padded; i += block) {
-      fetch_next_channel(t, sizes.io, delta_row, f.delta.channel, i);
+      t.fetch_next(sizes.io, f.delta, delta_row, i);
       const Block v = delta(i);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) store(s.dt + i + j * W, step_size(v.v[j] + shift_by));
@@ -135,23 +151,6 @@ inline void load_steps(const RowBackwardTile& t, float bias) {
     if (near.was_far()) each([&](V x) { return softplus(x); });
   } else {
     each([&](V x) { return x; });
-  }
-  const void* u_row = t.row(sizes.io, f.u);
-  const TurnedRow u(sizes.io, u_row, t.begin, t.n, t.padded, s.spare);
-  for (int64_t i = 0; i < t.padded; i += block) {
-    fetch_next_channel(t, sizes.io, u_row, f.u.channel, i);
-    u(i).to(s.u + i);
-  }
-}
-
-// The gradient of the output, as runs.
-inline void load_gradient(const RowBackwardTile& t) {
-  const ScanSizes& sizes = t.plan.sizes;
-  const void* row = t.row(sizes.out, t.plan.f.d_out);
-  const TurnedRow g(sizes.out, row, t.begin, t.n, t.padded, t.s.spare);
-  for (int64_t i = 0; i < t.padded; i += block) {
-    fetch_next_channel(t, sizes.out, row, t.plan.f.d_out.channel, i);
-    g(i).to(t.s.g + i);
   }
 }
 
@@ -251,14 +250,14 @@ void backward_tile(const RowBackwardTile& t) {
   const ScanBackward& f = plan.f;
   const ScanSizes& sizes = plan.sizes;
   RowBackwardScratch& s = t.s;
-  const int64_t N = sizes.state, L = sizes.length, channel = t.k * sizes.channels + t.d;
-  const auto of_channel = [&](const void* data) { return data == nullptr ? 0.0f : static_cast<const float*>(data)[channel]; };
-  const float skip = of_channel(f.D);
-  const float* As = static_cast<const float*>(f.A) + channel * N;
+  const int64_t N = sizes.state, L = sizes.length;
+  const float skip = t.parameter(f.D);
+  const float* As = static_cast<const float*>(f.A) + (t.k * sizes.channels + t.d) * N;
   const bool gated = f.z.data != nullptr;
-  load_steps(t, of_channel(f.delta_bias));
+  load_steps(t, t.parameter(f.delta_bias));
+  load_runs(t, sizes.io, f.u, s.u);
   if (gated) {
-    load_gradient(t);
+    load_runs(t, sizes.out, f.d_out, s.g);
     gate_tile<reversed>(t, As, skip);
   }
   // Gradients go straight to where they belong if nothing is left to be done to them.
@@ -272,7 +271,7 @@ void backward_tile(const RowBackwardTile& t) {
     along_states<reversed>(
         s, B, all(As[state] * log2_e), t.padded, all(t.entering[state]),
         [&] {
-          if (starts && !gated) load_gradient(t);
+          if (starts && !gated) load_runs(t, sizes.out, f.d_out, s.g);
         },
         [&](int64_t i, const Block& a, const Block& ah, const Block& h) {
           const Block c = Block::at(C.data + C.place(i)), g = Block::at(s.g + i);
@@ -337,38 +336,138 @@ inline float sum_of_row(const float* row, int64_t n) {
   return sum_of_lanes(sum);
 }
 
+// What a task works on: one channel or a few in one direction, for one piece of their rows (counted along the walk, which goes
+// against the scan).
+struct RowBackwardPiece {
+  const RowBackwardPlan& plan;
+  int64_t b, k, unit, split, piece;
+  bool first_direction, last_direction;
+
+  int64_t bk() const { return b * plan.sizes.directions + k; }
+  int64_t first() const { return unit * plan.per_unit + split * plan.per_split; }
+  int64_t channels() const { return smaller_of(first() + plan.per_split, (unit + 1) * plan.per_unit) - first(); }
+  int64_t next_rows(int64_t c) const { return c + 1 < channels() ? 1 : -c; }
+  template <bool reversed>
+  int64_t next_steps(int64_t c) const {
+    return c + 1 < channels() ? 0 : reversed ? row_tile : -row_tile;
+  }
+  // visit(begin, n) for its tiles, in the order of the walk.
+  template <bool reversed, typename Visit>
+  void tiles(Visit visit) const {
+    const int64_t L = plan.sizes.length, all_tiles = divide_up(L, row_tile), from = piece * (row_piece / row_tile);
+    for (int64_t walked = from; walked < smaller_of(from + row_piece / row_tile, all_tiles); ++walked) {
+      const int64_t begin = (reversed ? walked : all_tiles - 1 - walked) * row_tile;
+      visit(begin, smaller_of(row_tile, L - begin));
+    }
+  }
+};
+
+// B or C of a state from position `begin` on; not of constants.
+inline TurnedRow row_of_projection(const RowBackwardPiece& p, const Projection& of, int64_t state, int64_t begin, int64_t n,
+                                   int64_t padded, RowBackwardScratch& s) {
+  const ScanSizes& sizes = p.plan.sizes;
+  const int64_t group = p.first() / (sizes.channels / of.groups);
+  const void* rows = element(sizes.io, of.data, p.b * of.batch + p.k * of.direction + group * of.group);
+  return {sizes.io, element(sizes.io, rows, state * of.state), begin, n, padded, s.spare};
+}
+
+// What a piece does to mu: (P, q) of each of its squares, for each channel and state.
+struct RowBackwardEffects {
+  static int64_t squares() { return row_piece / (W * W); }
+  static int64_t floats(int64_t channels, int64_t N) { return 2 * squares() * channels * N; }
+
+  // With the operations of backward_tile, so that the carries come out the same.
+  template <bool reversed>
+  static int64_t find(const RowBackwardPiece& p, RowBackwardScratch& s, float* effects) {
+    const RowBackwardPlan& plan = p.plan;
+    const ScanBackward& f = plan.f;
+    const ScanSizes& sizes = plan.sizes;
+    const int64_t N = sizes.state;
+    int64_t found = 0;
+    p.tiles<reversed>([&](int64_t begin, int64_t n) {
+      const int64_t padded = round_up(n, block);
+      for (int64_t c = 0; c < p.channels(); ++c) {
+        const RowBackwardTile t{plan,    s,       p.b,     p.k,     p.first() + c, begin, n,    padded, nullptr,
+                                nullptr, nullptr, nullptr, nullptr, nullptr,       nullptr, nullptr, false,  false,
+                                p.next_rows(c), p.next_steps<reversed>(c)};
+        load_steps(t, t.parameter(f.delta_bias));
+        load_runs(t, sizes.out, f.d_out, s.g);
+        if (f.z.data != nullptr) {
+          const TurnedRow z(sizes.io, t.row(sizes.io, f.z), begin, n, padded, s.spare);
+          for (int64_t i = 0; i < padded; i += block) {
+            const Block gates = z(i);
+            for (int j = 0; j < 4; ++j) {
+              const V x = gates.v[j];
+              store(s.g + i + j * W, load(s.g + i + j * W) * x * sigmoid_from(x, exp_of_negative_magnitude(x)));
+            }
+          }
+        }
+        for (int64_t state = 0; state < N; ++state) {
+          const int64_t sequence = (p.k * sizes.channels + p.first() + c) * N + state;
+          const V exponent = all(static_cast<const float*>(f.A)[sequence] * log2_e);
+          if (f.C.constant)
+            fill_row(s.y, static_cast<const float*>(f.C.data)[sequence], padded);
+          else {
+            const TurnedRow C = row_of_projection(p, f.C, state, begin, n, padded, s);
+            for (int64_t i = 0; i < padded; i += block) C(i).to(s.y + i);
+          }
+          for (int64_t i = 0; i < padded; i += block) {
+            Block a, aCg;
+            for (int j = 0; j < 4; ++j) {
+              a.v[j] = exp2(load(s.dt + i + j * W) * exponent);
+              aCg.v[j] = a.v[j] * (load(s.y + i + j * W) * load(s.g + i + j * W));
+            }
+            s.runs[i / block] = compose_runs<!reversed>(a, aCg);
+          }
+          float* to = effects + 2 * ((c * N + state) * squares() + found);
+          const auto put = [&](V P, V q) {
+            store_part(to, P, 1);
+            store_part(to + 1, q, 1);
+            to += 2;
+          };
+          effects_of_blocks<!reversed>(s.runs, s.entering, padded / block, put);
+        }
+      }
+      found += divide_up(padded, W * W);
+    });
+    return found;
+  }
+
+  static void apply(const float* effects, int64_t found, float* mu, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      V carry = all(mu[i]);
+      for (int64_t j = 0; j < found; ++j) carry = fma(all(effects[2 * (i * squares() + j)]), carry, all(effects[2 * (i * squares() + j) + 1]));
+      store_part(mu + i, carry, 1);
+    }
+  }
+};
+
+// mus: (channels, N), the gradients of the states that leave the piece in scan order, which become those of the states that enter.
 template <bool reversed>
-void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t unit, int64_t split, RowBackwardScratch& s,
-                   const RowBackwardMemory& memory, TurnedProjection* projections, bool first_direction, bool last_direction) {
+void backward_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowBackwardMemory& memory, TurnedProjection* projections,
+                    float* mus) {
+  const RowBackwardPlan& plan = p.plan;
   const ScanBackward& f = plan.f;
   const ScanSizes& sizes = plan.sizes;
-  const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, bk = b * sizes.directions + k;
-  const int64_t first = unit * plan.per_unit + split * plan.per_split;
-  const int64_t end = smaller_of(first + plan.per_split, (unit + 1) * plan.per_unit), channels = end - first;
+  const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, bk = p.bk(), first = p.first(), channels = p.channels();
   const float* boundary = static_cast<const float*>(f.boundary_states) + (bk * D + first) * sizes.chunks * N;
   for (int64_t c = 0; c < channels; ++c) {
     fill_row(memory.mu(c), 0.0f, memory.of_channel);
-    if (f.d_last_state == nullptr) continue;
-    const float* seed = static_cast<const float*>(f.d_last_state) + (bk * D + first + c) * N;
-    for (int64_t n = 0; n < N; ++n) store(memory.mu(c) + n * W, all(seed[n]));
+    for (int64_t n = 0; n < N; ++n) store(memory.mu(c) + n * W, all(mus[c * N + n]));
   }
   const Projection* const sources[] = {&f.B, &f.C};
   const Buffer* const slabs[] = {&plan.d_B, &plan.d_C};
-  const auto slab = [&](int which, int64_t state) {
-    return slabs[which]->floats() + (((bk * plan.units + unit) * plan.splits + split) * N + state) * plan.row;
-  };
-  const int64_t tiles = divide_up(L, row_tile);
-  for (int64_t walked = 0; walked < tiles; ++walked) {
-    const int64_t begin = (reversed ? walked : tiles - 1 - walked) * row_tile, n = smaller_of(row_tile, L - begin);
+  p.tiles<reversed>([&](int64_t begin, int64_t n) {
     const int64_t padded = round_up(n, block), entry = reversed ? (begin + n - 1) / sizes.chunk : begin / sizes.chunk;
     for (int which = 0; which < 2; ++which) {
-      const Projection& p = *sources[which];
-      if (p.constant) continue;
-      const void* group = element(sizes.io, p.data, b * p.batch + k * p.direction + first / (D / p.groups) * p.group);
+      if (sources[which]->constant) continue;
       for (int64_t state = 0; state < N; ++state) {
         float *to = memory.tile(which, state), *gradient = memory.tile(2 + which, state);
-        const TurnedRow row(sizes.io, element(sizes.io, group, state * p.state), begin, n, padded, s.spare);
-        for (int64_t i = 0; i < padded; i += block) row(i).to(to + i);
+        const TurnedRow row = row_of_projection(p, *sources[which], state, begin, n, padded, s);
+        for (int64_t i = 0; i < padded; i += block) {
+          row.fetch(i + (reversed ? row_tile : -row_tile));
+          row(i).to(to + i);
+        }
         fill_row(gradient, 0.0f, padded);
         projections[which * N + state] = {to, gradient, false};
       }
@@ -376,7 +475,7 @@ void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t un
     for (int64_t c = 0; c < channels; ++c) {
       for (int which = 0; which < 2; ++which) {
         if (!sources[which]->constant) continue;
-        const float* values = static_cast<const float*>(sources[which]->data) + (k * D + first + c) * N;
+        const float* values = static_cast<const float*>(sources[which]->data) + (p.k * D + first + c) * N;
         for (int64_t state = 0; state < N; ++state) {
           float* to = memory.tile(which, state);
           fill_row(to, values[state], block);
@@ -384,24 +483,24 @@ void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t un
         }
       }
       float* sum = !sizes.shared                       ? nullptr
-                   : sizes.io == Dtype::float32 ? static_cast<float*>(f.d_u) + (b * D + first + c) * L
-                                                : plan.d_u.floats() + (b * D + first + c) * L;
-      backward_tile<reversed>({plan, s, b, k, first + c, begin, n, padded, boundary + (c * sizes.chunks + entry) * N, projections,
-                               projections + N, memory.mu(c), memory.d_A(c), memory.d_D(c), memory.d_bias(c), sum, first_direction,
-                               last_direction});
+                   : sizes.io == Dtype::float32 ? static_cast<float*>(f.d_u) + (p.b * D + first + c) * L
+                                                : plan.d_u.floats() + (p.b * D + first + c) * L;
+      backward_tile<reversed>({plan, s, p.b, p.k, first + c, begin, n, padded, boundary + (c * sizes.chunks + entry) * N, projections,
+                               projections + N, memory.mu(c), memory.d_A(c), memory.d_D(c), memory.d_bias(c), sum, p.first_direction,
+                               p.last_direction, p.next_rows(c), p.next_steps<reversed>(c)});
     }
     for (int which = 0; which < 2; ++which)
       if (!sources[which]->constant)
-        for (int64_t state = 0; state < N; ++state)
-          for (int64_t i = 0; i < padded; i += block)
-            Block::at(memory.tile(2 + which, state) + i).turned().to(slab(which, state) + begin + i);
-  }
+        for (int64_t state = 0; state < N; ++state) {
+          float* slab = slabs[which]->floats() + (((bk * plan.units + p.unit) * plan.splits + p.split) * N + state) * plan.row + begin;
+          for (int64_t i = 0; i < padded; i += block) Block::at(memory.tile(2 + which, state) + i).turned().to(slab + i);
+        }
+  });
   for (int64_t c = 0; c < channels; ++c) {
-    const int64_t sequence = bk * D + first + c;
+    const int64_t sequence = ((p.b * plan.pieces + p.piece) * sizes.directions + p.k) * D + first + c;
     for (int64_t state = 0; state < N; ++state) {
       plan.d_A.floats()[sequence * N + state] = sum_of_lanes(load(memory.d_A(c) + state * W));
-      if (f.initial_state != nullptr)
-        store_part(static_cast<float*>(f.d_initial_state) + sequence * N + state, load(memory.mu(c) + state * W), 1);
+      store_part(mus + c * N + state, load(memory.mu(c) + state * W), 1);
       for (int which = 0; which < 2; ++which)
         if (sources[which]->constant)
           slabs[which]->floats()[sequence * N + state] = sum_of_row(memory.constant(c, which == 1) + state * block, block);
@@ -411,32 +510,83 @@ void backward_rows(const RowBackwardPlan& plan, int64_t b, int64_t k, int64_t un
   }
 }
 
+// A task's scratch memory.
+struct RowBackwardSpace {
+  RowBackwardScratch* s;
+  RowBackwardMemory memory;
+  TurnedProjection* projections;
+  float* effects;
+
+  explicit RowBackwardSpace(const RowBackwardPlan& plan)
+      : s(static_cast<RowBackwardScratch*>(thread_scratch(sizeof(RowBackwardScratch) + bytes(plan)))),
+        memory{RowBackwardMemory::vectors_of_channel(plan.sizes.state) * W, plan.per_split, plan.sizes.state,
+               reinterpret_cast<float*>(s + 1)},
+        projections(reinterpret_cast<TurnedProjection*>(memory.at + RowBackwardMemory::floats(plan.per_split, plan.sizes.state))),
+        effects(reinterpret_cast<float*>(projections + 2 * plan.sizes.state)) {}
+  static int64_t bytes(const RowBackwardPlan& plan) {
+    const int64_t N = plan.sizes.state, effects = plan.pieces > 1 ? RowBackwardEffects::floats(plan.per_split, N) : 0;
+    return 4 * (RowBackwardMemory::floats(plan.per_split, N) + effects) + 2 * N * sizeof(TurnedProjection);
+  }
+};
+
 bool scan_backward_rows(const ScanBackward& f) {
   const RowBackwardPlan plan(f);
   const ScanSizes& sizes = f.sizes;
-  const int64_t N = sizes.state, outputs = sizes.outputs();
-  parallel(sizes.batch * outputs * plan.units * plan.splits, [&](int64_t item) {
-    const int64_t split = item % plan.splits, unit = item / plan.splits % plan.units, bo = item / (plan.splits * plan.units);
-    const int64_t b = bo / outputs, o = bo % outputs;
-    const int64_t kept = RowBackwardMemory::floats(plan.per_split, N);
-    void* scratch = thread_scratch(sizeof(RowBackwardScratch) + 4 * kept + 2 * N * sizeof(TurnedProjection));
-    auto* s = static_cast<RowBackwardScratch*>(scratch);
-    const RowBackwardMemory memory{RowBackwardMemory::vectors_of_channel(N) * W, plan.per_split, N, reinterpret_cast<float*>(s + 1)};
-    auto* projections = reinterpret_cast<TurnedProjection*>(memory.at + kept);
-    const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
-    for (int64_t k = first; k <= last; ++k) {
-      const auto run = sizes.reversed(k) ? backward_rows<true> : backward_rows<false>;
-      run(plan, b, k, unit, split, *s, memory, projections, k == first, k == last);
-    }
-  });
-  const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
-    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, slabs, to);
+  const int64_t N = sizes.state, K = sizes.directions, outputs = sizes.outputs(), split_units = plan.units * plan.splits;
+  const int64_t items = sizes.batch * outputs * split_units, summed = sizes.shared ? K : 1;
+  const Buffer mus(4 * items * summed * plan.per_split * N);
+  const auto piece_at = [&](int64_t item, int64_t direction, int64_t piece) {
+    const int64_t bo = item / split_units;
+    return RowBackwardPiece{plan, bo / outputs, sizes.shared ? direction : bo % outputs, item / plan.splits % plan.units,
+                            item % plan.splits, piece, direction == 0, direction == summed - 1};
   };
+  const auto mu_of = [&](int64_t item, int64_t direction) { return mus.floats() + (item * summed + direction) * plan.per_split * N; };
+  const auto seed = [&](const RowBackwardPiece& p, float* mu) {
+    const auto* seeds = static_cast<const float*>(f.d_last_state);
+    for (int64_t i = 0; i < p.channels() * N; ++i)
+      mu[i] = seeds == nullptr ? 0.0f : seeds[(p.bk() * sizes.channels + p.first()) * N + i];
+  };
+  const auto run = [&](const RowBackwardPiece& p, const RowBackwardSpace& at, float* mu) {
+    (sizes.reversed(p.k) ? backward_piece<true> : backward_piece<false>)(p, *at.s, at.memory, at.projections, mu);
+  };
+  const auto finish_rows = [&](const RowBackwardPiece& p, const float* mu) {
+    auto* to = static_cast<float*>(f.d_initial_state);
+    if (f.initial_state != nullptr)
+      for (int64_t i = 0; i < p.channels() * N; ++i) to[(p.bk() * sizes.channels + p.first()) * N + i] = mu[i];
+  };
+  if (!worth_pieces(items, plan.pieces)) {
+    parallel(items, [&](int64_t item) {
+      const RowBackwardSpace at(plan);
+      for (int64_t direction = 0; direction < summed; ++direction) {
+        float* mu = mu_of(item, direction);
+        seed(piece_at(item, direction, 0), mu);
+        for (int64_t piece = 0; piece < plan.pieces; ++piece) run(piece_at(item, direction, piece), at, mu);
+        finish_rows(piece_at(item, direction, 0), mu);
+      }
+    });
+  } else {
+    run_pieces(items, summed, plan.pieces, plan.per_split * N, [&](const PieceCarry& carry) {
+      const RowBackwardPiece p = piece_at(carry.row, carry.direction, carry.piece);
+      const RowBackwardSpace at(plan);
+      const bool reversed = sizes.reversed(p.k);
+      carry.pass([&](float* mu) { seed(p, mu); },
+                 [&] { return (reversed ? RowBackwardEffects::find<true> : RowBackwardEffects::find<false>)(p, *at.s, at.effects); },
+                 [&](int64_t found, float* mu) { RowBackwardEffects::apply(at.effects, found, mu, p.channels() * N); },
+                 [&](float* mu) { run(p, at, mu); },
+                 // A direction that adds to the sums of the one before waits for those of the same positions.
+                 carry.direction != 0 && reversed != sizes.reversed(p.k - 1));
+      if (carry.piece == plan.pieces - 1) finish_rows(p, carry.leaving());
+    });
+  }
+  const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
+    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, plan.pieces, slabs, to);
+  };
+  const int64_t parts = sizes.batch * plan.pieces, channels = K * sizes.channels;
   finish(f.B, plan.d_B, f.d_B);
   finish(f.C, plan.d_C, f.d_C);
-  add_over_batch(plan.d_A, f.d_A, sizes.batch, sizes.directions * sizes.channels * N);
-  if (f.D != nullptr) add_over_batch(plan.d_D, f.d_D, sizes.batch, sizes.directions * sizes.channels);
-  if (f.delta_bias != nullptr) add_over_batch(plan.d_bias, f.d_delta_bias, sizes.batch, sizes.directions * sizes.channels);
+  add_over_batch(plan.d_A, f.d_A, parts, channels * N);
+  if (f.D != nullptr) add_over_batch(plan.d_D, f.d_D, parts, channels);
+  if (f.delta_bias != nullptr) add_over_batch(plan.d_bias, f.d_delta_bias, parts, channels);
   return true;
 }
 

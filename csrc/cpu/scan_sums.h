@@ -32,15 +32,19 @@ inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t 
   }
 }
 
-// d_B or d_C from the slabs, of which `per_group` lie side by side for each group.
-inline void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, const Buffer& slabs, void* to) {
+// d_B or d_C from the slabs, of which `per_group` lie side by side for each group; of constants there is one for each piece of a row.
+inline void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, int64_t pieces,
+                              const Buffer& slabs, void* to) {
   const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
-  if (p.constant) return add_over_batch(slabs, to, sizes.batch, K * sizes.channels * N);
-  parallel(sizes.batch * K * G * N, [&](int64_t i) {
+  if (p.constant) return add_over_batch(slabs, to, sizes.batch * pieces, K * sizes.channels * N);
+  constexpr int64_t steps = 64 * row_tile;
+  const int64_t parts = divide_up(L, steps);
+  parallel(sizes.batch * K * G * N * parts, [&](int64_t task) {
+    const int64_t i = task / parts, end = smaller_of(L, (task % parts + 1) * steps);
     const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
     float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
-    for (int64_t begin = 0; begin < L; begin += row_tile) {
-      const int64_t n = smaller_of(row_tile, L - begin);
+    for (int64_t begin = task % parts * steps; begin < end; begin += row_tile) {
+      const int64_t n = smaller_of(row_tile, end - begin);
       for (int64_t l = 0; l < n; l += W) {
         V total = load(first + begin + l);
         for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);

@@ -11,7 +11,7 @@ import torch
 from dass_ops import bidirectional_scan, selective_scan, ss2d, ss2d_projected
 from dass_ops.backends import CHUNK, Backend
 
-from .cases import MapCase, ScanCase, check_map, check_scan, map_inputs, run_map, run_scan, scan_inputs
+from .cases import MapCase, ScanCase, check_map, check_scan, compare, map_inputs, run_map, run_scan, scan_inputs
 from .conftest import require
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +149,44 @@ def test_summed_directions_do_not_depend_on_threads(backend):
                 for n in (1, 2, 2)
             ]
             same(runs)
+
+
+LONG = [
+    ScanCase(batch=1, channels=1, length=40_000),
+    ScanCase(batch=1, channels=3, length=33_333, state=2, reverse=True, z=True, initial_state=True, last_state=True),
+    ScanCase(batch=1, channels=2, length=33_000, reverse=(True, False), B="constant", C="constant", last_state=True),
+]
+
+
+def on_threads(function, case, inputs, options=None) -> list[dict[str, torch.Tensor]]:
+    return [
+        with_threads(n, lambda: run_scan(function, case, inputs, torch.float32, Backend.CPU, options=options))
+        for n in (1, 2, 3, 5)
+    ]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_few_long_rows(case, backend):
+    """With more threads than rows, a row is worked on in pieces: the same bits, and what float64 says."""
+    inputs = scan_inputs(case, torch.float32)
+    options = {"reverse": case.reverse}
+    runs = on_threads(selective_scan, case, inputs, options)
+    same(runs)
+    wide = {k: None if t is None else t.double() for k, t in inputs.items()}
+    expected = run_scan(selective_scan, case, wide, torch.float64, backend, options=options)
+    compare(runs[0], expected, torch.float32)
+
+
+@pytest.mark.parametrize("length", [2 * 16384, 40_000])
+def test_few_long_rows_with_summed_directions(length, backend):
+    from .test_bidirectional_scan import inputs_of
+
+    case = ScanCase(batch=1, channels=1, length=length, z=False, initial_state=True, last_state=True)
+    inputs = inputs_of(case, torch.float32)
+    runs = on_threads(bidirectional_scan, case, inputs)
+    same(runs)
+    wide = {k: None if t is None else t.double() for k, t in inputs.items()}
+    compare(runs[0], run_scan(bidirectional_scan, case, wide, torch.float64, backend), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -113,6 +113,20 @@ inline void enter_blocks(Effect* runs, V* entering, int64_t blocks, V& carry) {
   }
 }
 
+// What each square does to the carry, in scan order: put(P, q), the same in all lanes.
+template <bool reversed, typename Put>
+inline void effects_of_blocks(Effect* runs, V* entering, int64_t blocks, Put put) {
+  for (; blocks % square_blocks != 0; ++blocks) runs[blocks] = {all(1.0f), all(0.0f)};
+  for (int64_t walked = 0; walked < blocks; walked += square_blocks) {
+    Effect* const square = runs + (reversed ? blocks - square_blocks - walked : walked);
+    V P = all(1.0f), q = all(0.0f);
+    enter_square<reversed>(square, entering, q);
+    for (int i = 0; i < square_blocks; ++i) square[i].q = all(0.0f);
+    enter_square<reversed>(square, entering, P);
+    put(P, q);
+  }
+}
+
 // visit(i) for the places in a run in scan order.
 template <bool reversed, typename Visit>
 inline void along_run(Visit visit) {
