@@ -8,7 +8,34 @@
 namespace dass::cpu {
 namespace {
 
-constexpr int64_t row_piece = 64 * row_tile;  // steps
+constexpr int64_t row_piece = 16384;  // steps
+
+// (P, q) of each square (block_scan.h) of a piece, for several numbers that are carried.
+struct PieceEffects {
+  float* at;
+
+  static constexpr int64_t squares = row_piece / (W * W);
+  static int64_t floats(int64_t numbers) { return 2 * squares * numbers; }
+
+  // Of the squares from `found` on, from the effects of their runs.
+  template <bool reversed>
+  static void find(const PieceEffects& effects, int64_t number, int64_t found, Effect* runs, V* entering, int64_t blocks) {
+    float* to = effects.at + 2 * (number * squares + found);
+    effects_of_blocks<reversed>(runs, entering, blocks, [&](V P, V q) {
+      store_part(to, P, 1);
+      store_part(to + 1, q, 1);
+      to += 2;
+    });
+  }
+  void apply(int64_t found, float* carry, int64_t numbers) const {
+    for (int64_t i = 0; i < numbers; ++i) {
+      const float* effect = at + 2 * i * squares;
+      V x = all(carry[i]);
+      for (int64_t j = 0; j < found; ++j) x = fma(all(effect[2 * j]), x, all(effect[2 * j + 1]));
+      store_part(carry + i, x, 1);
+    }
+  }
+};
 
 // `rows` tasks without pieces: whether they would leave threads idle.
 inline bool worth_pieces(int64_t rows, int64_t pieces) {

@@ -371,76 +371,57 @@ inline TurnedRow row_of_projection(const RowBackwardPiece& p, const Projection& 
   return {sizes.io, element(sizes.io, rows, state * of.state), begin, n, padded, s.spare};
 }
 
-// What a piece does to mu: (P, q) of each of its squares, for each channel and state.
-struct RowBackwardEffects {
-  static int64_t squares() { return row_piece / (W * W); }
-  static int64_t floats(int64_t channels, int64_t N) { return 2 * squares() * channels * N; }
-
-  // With the operations of backward_tile, so that the carries come out the same.
-  template <bool reversed>
-  static int64_t find(const RowBackwardPiece& p, RowBackwardScratch& s, float* effects) {
-    const RowBackwardPlan& plan = p.plan;
-    const ScanBackward& f = plan.f;
-    const ScanSizes& sizes = plan.sizes;
-    const int64_t N = sizes.state;
-    int64_t found = 0;
-    p.tiles<reversed>([&](int64_t begin, int64_t n) {
-      const int64_t padded = round_up(n, block);
-      for (int64_t c = 0; c < p.channels(); ++c) {
-        const RowBackwardTile t{plan,    s,       p.b,     p.k,     p.first() + c, begin, n,    padded, nullptr,
-                                nullptr, nullptr, nullptr, nullptr, nullptr,       nullptr, nullptr, false,  false,
-                                p.next_rows(c), p.next_steps<reversed>(c)};
-        load_steps(t, t.parameter(f.delta_bias));
-        load_runs(t, sizes.out, f.d_out, s.g);
-        if (f.z.data != nullptr) {
-          const TurnedRow z(sizes.io, t.row(sizes.io, f.z), begin, n, padded, s.spare);
-          for (int64_t i = 0; i < padded; i += block) {
-            const Block gates = z(i);
-            for (int j = 0; j < 4; ++j) {
-              const V x = gates.v[j];
-              store(s.g + i + j * W, load(s.g + i + j * W) * x * sigmoid_from(x, exp_of_negative_magnitude(x)));
-            }
+// The effects of a piece on mu, for each channel and state, with the operations of backward_tile, so that the carries come out
+// the same.
+template <bool reversed>
+int64_t effects_of_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const PieceEffects& effects) {
+  const RowBackwardPlan& plan = p.plan;
+  const ScanBackward& f = plan.f;
+  const ScanSizes& sizes = plan.sizes;
+  const int64_t N = sizes.state;
+  int64_t found = 0;
+  p.tiles<reversed>([&](int64_t begin, int64_t n) {
+    const int64_t padded = round_up(n, block);
+    for (int64_t c = 0; c < p.channels(); ++c) {
+      const RowBackwardTile t{plan,    s,       p.b,     p.k,     p.first() + c, begin, n,    padded, nullptr,
+                              nullptr, nullptr, nullptr, nullptr, nullptr,       nullptr, nullptr, false,  false,
+                              p.next_rows(c), p.next_steps<reversed>(c)};
+      load_steps(t, t.parameter(f.delta_bias));
+      load_runs(t, sizes.out, f.d_out, s.g);
+      if (f.z.data != nullptr) {
+        const TurnedRow z(sizes.io, t.row(sizes.io, f.z), begin, n, padded, s.spare);
+        for (int64_t i = 0; i < padded; i += block) {
+          const Block gates = z(i);
+          for (int j = 0; j < 4; ++j) {
+            const V x = gates.v[j];
+            store(s.g + i + j * W, load(s.g + i + j * W) * x * sigmoid_from(x, exp_of_negative_magnitude(x)));
           }
-        }
-        for (int64_t state = 0; state < N; ++state) {
-          const int64_t sequence = (p.k * sizes.channels + p.first() + c) * N + state;
-          const V exponent = all(static_cast<const float*>(f.A)[sequence] * log2_e);
-          if (f.C.constant)
-            fill_row(s.y, static_cast<const float*>(f.C.data)[sequence], padded);
-          else {
-            const TurnedRow C = row_of_projection(p, f.C, state, begin, n, padded, s);
-            for (int64_t i = 0; i < padded; i += block) C(i).to(s.y + i);
-          }
-          for (int64_t i = 0; i < padded; i += block) {
-            Block a, aCg;
-            for (int j = 0; j < 4; ++j) {
-              a.v[j] = exp2(load(s.dt + i + j * W) * exponent);
-              aCg.v[j] = a.v[j] * (load(s.y + i + j * W) * load(s.g + i + j * W));
-            }
-            s.runs[i / block] = compose_runs<!reversed>(a, aCg);
-          }
-          float* to = effects + 2 * ((c * N + state) * squares() + found);
-          const auto put = [&](V P, V q) {
-            store_part(to, P, 1);
-            store_part(to + 1, q, 1);
-            to += 2;
-          };
-          effects_of_blocks<!reversed>(s.runs, s.entering, padded / block, put);
         }
       }
-      found += divide_up(padded, W * W);
-    });
-    return found;
-  }
-
-  static void apply(const float* effects, int64_t found, float* mu, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      V carry = all(mu[i]);
-      for (int64_t j = 0; j < found; ++j) carry = fma(all(effects[2 * (i * squares() + j)]), carry, all(effects[2 * (i * squares() + j) + 1]));
-      store_part(mu + i, carry, 1);
+      for (int64_t state = 0; state < N; ++state) {
+        const int64_t sequence = (p.k * sizes.channels + p.first() + c) * N + state;
+        const V exponent = all(static_cast<const float*>(f.A)[sequence] * log2_e);
+        if (f.C.constant)
+          fill_row(s.y, static_cast<const float*>(f.C.data)[sequence], padded);
+        else {
+          const TurnedRow C = row_of_projection(p, f.C, state, begin, n, padded, s);
+          for (int64_t i = 0; i < padded; i += block) C(i).to(s.y + i);
+        }
+        for (int64_t i = 0; i < padded; i += block) {
+          Block a, aCg;
+          for (int j = 0; j < 4; ++j) {
+            a.v[j] = exp2(load(s.dt + i + j * W) * exponent);
+            aCg.v[j] = a.v[j] * (load(s.y + i + j * W) * load(s.g + i + j * W));
+          }
+          s.runs[i / block] = compose_runs<!reversed>(a, aCg);
+        }
+        PieceEffects::find<!reversed>(effects, c * N + state, found, s.runs, s.entering, padded / block);
+      }
     }
-  }
-};
+    found += divide_up(padded, W * W);
+  });
+  return found;
+}
 
 // mus: (channels, N), the gradients of the states that leave the piece in scan order, which become those of the states that enter.
 template <bool reversed>
@@ -515,16 +496,16 @@ struct RowBackwardSpace {
   RowBackwardScratch* s;
   RowBackwardMemory memory;
   TurnedProjection* projections;
-  float* effects;
+  PieceEffects effects;
 
   explicit RowBackwardSpace(const RowBackwardPlan& plan)
       : s(static_cast<RowBackwardScratch*>(thread_scratch(sizeof(RowBackwardScratch) + bytes(plan)))),
         memory{RowBackwardMemory::vectors_of_channel(plan.sizes.state) * W, plan.per_split, plan.sizes.state,
                reinterpret_cast<float*>(s + 1)},
         projections(reinterpret_cast<TurnedProjection*>(memory.at + RowBackwardMemory::floats(plan.per_split, plan.sizes.state))),
-        effects(reinterpret_cast<float*>(projections + 2 * plan.sizes.state)) {}
+        effects{reinterpret_cast<float*>(projections + 2 * plan.sizes.state)} {}
   static int64_t bytes(const RowBackwardPlan& plan) {
-    const int64_t N = plan.sizes.state, effects = plan.pieces > 1 ? RowBackwardEffects::floats(plan.per_split, N) : 0;
+    const int64_t N = plan.sizes.state, effects = plan.pieces > 1 ? PieceEffects::floats(plan.per_split * N) : 0;
     return 4 * (RowBackwardMemory::floats(plan.per_split, N) + effects) + 2 * N * sizeof(TurnedProjection);
   }
 };
@@ -570,8 +551,8 @@ bool scan_backward_rows(const ScanBackward& f) {
       const RowBackwardSpace at(plan);
       const bool reversed = sizes.reversed(p.k);
       carry.pass([&](float* mu) { seed(p, mu); },
-                 [&] { return (reversed ? RowBackwardEffects::find<true> : RowBackwardEffects::find<false>)(p, *at.s, at.effects); },
-                 [&](int64_t found, float* mu) { RowBackwardEffects::apply(at.effects, found, mu, p.channels() * N); },
+                 [&] { return (reversed ? effects_of_piece<true> : effects_of_piece<false>)(p, *at.s, at.effects); },
+                 [&](int64_t found, float* mu) { at.effects.apply(found, mu, p.channels() * N); },
                  [&](float* mu) { run(p, at, mu); },
                  // A direction that adds to the sums of the one before waits for those of the same positions.
                  carry.direction != 0 && reversed != sizes.reversed(p.k - 1));

@@ -46,6 +46,7 @@ struct RowSegment {
   int64_t b, k, d, begin, n, padded;
   bool reversed, first, last;       // of the directions that are summed into out
   float* sum;                       // where that sum is kept
+  float* state;                     // (N), that enters and becomes the one that leaves
   int64_t offset, runs;             // places in the scratch memory
   bool shares;                      // a square with other rows
   int64_t later_channels, later;    // where the walk will be `fetched_ahead` on: so many channels on, at this position
@@ -178,8 +179,7 @@ inline void enter_batch(const RowBatch& batch, RowForwardScratch& s, int64_t n) 
   const int64_t N = f.sizes.state, chunk = f.sizes.chunk;
   const RowSegment& one = batch.segments[0];
   float* states[most_segments];
-  for (int64_t i = 0; i < batch.count; ++i)
-    states[i] = static_cast<float*>(f.last_state) + batch.segments[i].sequence() * N + n;
+  for (int64_t i = 0; i < batch.count; ++i) states[i] = batch.segments[i].state + n;
   if (!one.shares) {
     for (int64_t i = 0; i < batch.count; ++i) {
       const RowSegment& t = batch.segments[i];
@@ -212,7 +212,7 @@ void forward_batch(const RowBatch& batch, const RowBatch& next, RowForwardScratc
   const float* u[most_segments];
   for (const RowSegment* t = begin; t < end; ++t) {
     u[t - begin] = t->floats(f.u, s.u);
-    float* state = static_cast<float*>(f.last_state) + t->sequence() * N;
+    float* state = t->state;
     const auto* initial = static_cast<const float*>(f.initial_state);
     if (t->reversed ? t->begin + t->n == L : t->begin == 0)
       for (int64_t i = 0; i < N; ++i) state[i] = initial == nullptr ? 0.0f : initial[t->sequence() * N + i];
@@ -252,12 +252,23 @@ struct RowWalk {
   const ScanForward& f;
   int64_t b, d, end, first, last;
   float* sum;
-  int64_t k = first, walked = 0, parts = divide_up(f.sizes.length, batch_steps);
+  int64_t k = first, parts = divide_up(f.sizes.length, batch_steps), from = 0, until = parts, walked = from;
+  int64_t first_of_sum = first, last_of_sum = last;
+  float* state = nullptr;  // null: in last_state
   int64_t later_parts = divide_up(fetched_ahead, smaller_of(f.sizes.length, batch_steps)), later_channels = later_parts / parts;
 
   RowWalk(const ScanForward& f, int64_t b, int64_t d, int64_t end, int64_t first, int64_t last, float* sum)
       : f(f), b(b), d(d), end(end), first(first), last(last), sum(sum) {
     later_parts %= parts;
+  }
+  // Of one row in one direction a piece (pieces.h).
+  RowWalk(const ScanForward& f, int64_t b, int64_t d, int64_t k, int64_t piece, float* sum, float* state)
+      : RowWalk(f, b, d, d + 1, k, k, sum) {
+    constexpr int64_t of_piece = row_piece / batch_steps;
+    from = walked = piece * of_piece;
+    until = smaller_of(from + of_piece, parts);
+    this->state = state;
+    if (f.sizes.shared) first_of_sum = 0, last_of_sum = f.sizes.directions - 1;
   }
   bool more() const { return d < end; }
   void fill(RowBatch& batch) {
@@ -271,11 +282,12 @@ struct RowWalk {
       const int64_t begin = begin_of(walked), n = smaller_of(batch_steps, L - begin), padded = round_up(n, block);
       const int64_t later = walked + later_parts, wraps = later >= parts;
       t = {&f,   b,        k,         d,   begin,  n,    padded,  reversed,
-           k == first, k == last, sum, offset, runs, share, later_channels + wraps, begin_of(wraps ? later - parts : later)};
+           k == first_of_sum, k == last_of_sum, sum, nullptr, offset, runs, share, later_channels + wraps, begin_of(wraps ? later - parts : later)};
+      t.state = state != nullptr ? state : static_cast<float*>(f.last_state) + t.sequence() * f.sizes.state;
       offset += padded;
       runs += round_up(padded / block, share ? 1 : square_blocks);
-      if (++walked < parts) continue;
-      walked = 0;
+      if (++walked < until) continue;
+      walked = from;
       if (++k <= last) continue;
       k = first;
       ++d;
@@ -283,25 +295,75 @@ struct RowWalk {
   }
 };
 
+void forward_walk(RowWalk& walk, RowForwardScratch& s, bool streamed) {
+  RowBatch batches[2];
+  walk.fill(batches[0]);
+  batches[0].step_sizes(s);
+  for (int64_t now = 0; batches[now].count != 0; now = 1 - now) {
+    walk.fill(batches[1 - now]);
+    forward_batch(batches[now], batches[1 - now], s, streamed);
+  }
+}
+
+// The effects of a piece on its states, with the operations of forward_batch, so that the carries come out the same.
+int64_t effects_of_piece(RowWalk walk, RowForwardScratch& s, const PieceEffects& effects) {
+  const ScanForward& f = walk.f;
+  int64_t found = 0;
+  RowBatch batch;
+  for (walk.fill(batch); batch.count != 0; walk.fill(batch)) {
+    const RowSegment& t = batch.segments[0];  // as long as a batch
+    batch.step_sizes(s);
+    const float* u = t.floats(f.u, s.u);
+    const RowSource B(f.B, f.sizes.io, f.sizes.channels, t.b, t.k, t.d);
+    for (int64_t i = 0; i < f.sizes.state; ++i) {
+      const float* B_row = B.row(i, t.begin, t.n, t.padded, s.B + t.offset);
+      const float A = static_cast<const float*>(f.A)[(t.k * f.sizes.channels + t.d) * f.sizes.state + i];
+      (t.reversed ? decays_and_inputs<true> : decays_and_inputs<false>)(t, s, u, B_row, A, i == 0 ? t.ahead(f.u) : Ahead{});
+      const auto find = t.reversed ? PieceEffects::find<true> : PieceEffects::find<false>;
+      find(effects, i, found, s.runs + t.runs, s.entering + t.runs, t.padded / block);
+    }
+    found += divide_up(t.padded, W * W);
+  }
+  return found;
+}
+
 bool scan_forward_rows(const ScanForward& f) {
   const ScanSizes& sizes = f.sizes;
-  const int64_t D = sizes.channels, L = sizes.length, outputs = sizes.outputs();
-  const int64_t per_task = larger_of(1, smaller_of(D, 32768 / (L * sizes.state))), tasks = divide_up(D, per_task);
+  const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, outputs = sizes.outputs();
+  const int64_t per_task = larger_of(1, smaller_of(D, 32768 / (L * N))), tasks = divide_up(D, per_task);
+  const int64_t pieces = divide_up(L, row_piece), padded = sizes.shared ? round_up(L, 16) : 0;
   const bool streamed = sizes.out == Dtype::float32 && sizes.batch * outputs * D * L >= streaming_elements &&
                         reinterpret_cast<uintptr_t>(f.out) % 64 == 0 && L % 16 == 0;
-  parallel(sizes.batch * outputs * tasks, [&](int64_t task) {
-    const int64_t b = task / (outputs * tasks), o = task / tasks % outputs, begin = task % tasks * per_task;
-    const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
-    const size_t row = sizes.shared ? round_up(L, 16) : 0;
-    auto* scratch = static_cast<RowForwardScratch*>(thread_scratch(sizeof(RowForwardScratch) + 4 * row));
-    RowWalk walk(f, b, begin, smaller_of(begin + per_task, D), first, last, reinterpret_cast<float*>(scratch + 1));
-    RowBatch batches[2];
-    walk.fill(batches[0]);
-    batches[0].step_sizes(*scratch);
-    for (int64_t now = 0; batches[now].count != 0; now = 1 - now) {
-      walk.fill(batches[1 - now]);
-      forward_batch(batches[now], batches[1 - now], *scratch, streamed);
-    }
+  if (!worth_pieces(sizes.batch * outputs * tasks, pieces)) {
+    parallel(sizes.batch * outputs * tasks, [&](int64_t task) {
+      const int64_t b = task / (outputs * tasks), o = task / tasks % outputs, begin = task % tasks * per_task;
+      const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
+      auto* scratch = static_cast<RowForwardScratch*>(thread_scratch(sizeof(RowForwardScratch) + 4 * padded));
+      RowWalk walk(f, b, begin, smaller_of(begin + per_task, D), first, last, reinterpret_cast<float*>(scratch + 1));
+      forward_walk(walk, *scratch, streamed);
+    });
+    return true;
+  }
+  const int64_t rows = sizes.batch * outputs * D;
+  const Buffer sums(4 * rows * padded);
+  run_pieces(rows, sizes.shared ? sizes.directions : 1, pieces, N, [&](const PieceCarry& at) {
+    const int64_t d = at.row % D, k = sizes.shared ? at.direction : at.row / D % outputs, b = at.row / (D * outputs);
+    auto* s = static_cast<RowForwardScratch*>(thread_scratch(sizeof(RowForwardScratch) + 4 * PieceEffects::floats(N)));
+    const PieceEffects effects{reinterpret_cast<float*>(s + 1)};
+    const int64_t sequence = ((b * sizes.directions + k) * D + d) * N;
+    const auto walk = [&](float* state) { return RowWalk(f, b, d, k, at.piece, sums.floats() + at.row * padded, state); };
+    at.pass([&](float* state) {
+              const auto* initial = static_cast<const float*>(f.initial_state);
+              for (int64_t i = 0; i < N; ++i) state[i] = initial == nullptr ? 0.0f : initial[sequence + i];
+            },
+            [&] { return effects_of_piece(walk(nullptr), *s, effects); },
+            [&](int64_t found, float* state) { effects.apply(found, state, N); },
+            [&](float* state) {
+              RowWalk along = walk(state);
+              forward_walk(along, *s, streamed);
+            },
+            at.direction != 0 && sizes.reversed(k) != sizes.reversed(k - 1));
+    if (at.piece == pieces - 1) __builtin_memcpy(static_cast<float*>(f.last_state) + sequence, at.leaving(), 4 * N);
   });
   return true;
 }
