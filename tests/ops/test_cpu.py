@@ -304,6 +304,7 @@ def test_more_than_two_to_the_31_elements():
     backend = require(Backend.CPU)
     if available_gigabytes() < 14:
         pytest.skip(f"needs 14 GB of free memory, there are {available_gigabytes():.0f}")
+    torch.set_num_threads(2)  # so that the channel on its own is worked on in pieces; the suite's fixture puts it back
     channels, pattern, times = 8, 2**16 + 17, 4100
     length = pattern * times
     assert channels * length > 2**31
@@ -335,3 +336,31 @@ def test_more_than_two_to_the_31_elements():
             near = slice(0, 2000) if reverse else slice(2000, 4000)
             torch.testing.assert_close(alone[..., end][..., near].double(), expected[..., near], rtol=2e-2, atol=2e-2)
             del out, alone
+
+
+@pytest.mark.slow
+def test_map_of_more_than_two_to_the_31_elements():
+    """The last 16 channels of a map equal the same channels on their own."""
+    backend = require(Backend.CPU)
+    if available_gigabytes() < 12:
+        pytest.skip(f"needs 12 GB of free memory, there are {available_gigabytes():.0f}")
+    torch.set_num_threads(2)
+    some, times, side = 16, 257, 724
+    channels = some * times
+    assert channels * side * side > 2**31
+    inputs = map_inputs(MapCase(batch=1, channels=some, height=side, width=side, rank=2), torch.bfloat16)
+    x, few = inputs["x"], {k: t for k, t in inputs.items() if k not in ("x", "x_dbl")}
+    g = torch.Generator().manual_seed(1)
+    many = {
+        "dt_weight": torch.randn(4, channels, 2, generator=g),
+        "dt_bias": torch.rand(4, channels, generator=g) - 2.5,
+        "A_logs": torch.rand(4 * channels, 1, generator=g),
+        "Ds": torch.randn(4 * channels, generator=g),
+    }
+    for name, t in few.items():  # the last channels' parameters are those of the small map
+        of_directions = many[name].view(4, channels, *many[name].shape[1 if name in ("A_logs", "Ds") else 2 :])
+        of_directions[:, -some:] = t.view(4, some, *of_directions.shape[2:])
+    with torch.no_grad():
+        alone = ss2d(x, inputs["x_dbl"], **few, backend=backend)
+        y = ss2d(x.repeat(1, times, 1, 1), inputs["x_dbl"], **many, backend=backend)
+    assert torch.equal(y[:, -some:], alone)
