@@ -9,6 +9,7 @@
 #include "cpu/pieces.h"
 #include "cpu/scan_rows_forward.h"
 #include "cpu/scan_sums.h"
+#include "cpu/scan_rows_tile.h"
 #include "cpu/scan_rows_backward.h"
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"
