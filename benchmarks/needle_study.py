@@ -178,7 +178,10 @@ def cost(out: Path, lengths: Sequence[str], models: Sequence[str]) -> int:
 
 
 def summarise(folder: Path, corpus: str) -> Path:
-    """Means over the positions of every model, haystack and length, as JSON in results/; prints a table."""
+    """Means over the positions of every model, haystack and length, as JSON in results/; prints a table.
+
+    The times of cells depend on what else the machine did in the hours that they took: only those of `cost` are kept.
+    """
     from dass.checkpoint import read_json, write_json
     from dass.niah_store import OK, Store
 
@@ -193,16 +196,21 @@ def summarise(folder: Path, corpus: str) -> Path:
             rows.append(row | {"error": first["error"]})
             continue
         row |= {"needles": first["clips"], "parameters": first["parameters"]}
-        for key in (*("map", "chance", "retention", "retention_low", "retention_high"), *TOP1, "seconds"):
-            values = [line.get(key) for line in lines]
+        for key in (*("map", "chance", "retention", "retention_low", "retention_high", "retention_chance"), *TOP1):
+            values = [line[key] for line in lines]
             row[key] = None if None in values else float(f"{sum(values) / len(values):.4g}")
         rows.append(row | {"peak_memory_mib": round(max(line["peak_memory"] for line in lines) / 2**20, 1)})
     environment = read_json(folder / "niah" / "environment.json")
-    learnt = {}
-    for name in ("dass", "ast"):
-        records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        final = next(record for record in reversed(records) if record["event"] == "final")
-        learnt[name] = {key: round(final[key], 4) for key in ("step", "epoch", "accuracy", "map")}
+    order = {name: number for number, name in enumerate(sum(KINDS.values(), ()))}
+    rows.sort(key=lambda row: (order[row["model"]], HAYSTACKS.index(row["haystack"]), row["length"]))
+    learnt: dict[str, dict] = {}
+    for runs in [folder.parent / "needle-digits"] * (corpus == "digits10") + [folder]:  # in the order of their training
+        for name in ("dass", "ast"):
+            records = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+            final = next(record for record in reversed(records) if record["event"] == "final")
+            learnt.setdefault(runs.name, {})[name] = {
+                key: round(final[key], 4) for key in ("step", "epoch", "accuracy", "map")
+            }
     path = RESULTS / f"needle-{corpus}.json"
     write_json(
         path, {"machine": environment["machine"], "trained": learnt, "cells": rows, "cost": costs(folder.parent)}
@@ -228,7 +236,7 @@ def costs(out: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: mAP kept and top-1, in %, of every model over the lengths, a line for each haystack."""
+    """Markdown: mAP kept, top-1 and centred top-1, in %, of every model over the lengths, a line for each haystack."""
     from dass.niah_measure import describe_length
 
     lengths = [length for length in sorted({row["length"] for row in rows}) if length > 0]
@@ -241,7 +249,7 @@ def table(rows: list[dict]) -> str:
             for length in lengths:
                 row = cells.get((haystack, model, length))
                 kept = row.get("retention") if row else None
-                figures = kept is not None and f"{100 * kept:.0f}, {100 * row['top1']:.0f}"
+                figures = kept is not None and f"{100 * kept:.0f}, {100 * row['top1']:.0f}, {100 * row['centred']:.0f}"
                 texts.append("" if row is None else figures or row["status"])
             if any(texts):
                 lines.append(f"| {haystack} | {model} | " + " | ".join(texts) + " |")

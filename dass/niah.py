@@ -88,8 +88,8 @@ class NiahConfig:
     memory: float | None = None
     """Memory that a model may take on a CPU [GiB]; none: nine tenths of what is free at the start."""
     longest_pass: float | None = None
-    """A pass that the times at shorter lengths promise to take longer is not tried but recorded as too slow [s];
-    none: every pass is tried."""
+    """A pass that the times at shorter lengths promise to take longer is not tried but recorded as too slow [s], and where
+    one does take longer no other needle of its cell is tried; none: every pass is tried."""
     device: str | None = None
     """cpu, cuda or cuda:N; default: the GPU where there is one."""
     precision: Literal["float32", "bf16"] = "float32"

@@ -191,10 +191,10 @@ class Grid:
         return match_classes(own, model.classes or own, self.table)
 
     def _gave_up_at(self, group: Group, identity: str) -> dict | None:
-        """The line of a cell, not longer than this one, in which the model ran out of memory or died."""
+        """The line of a cell, not longer than this one, in which the model ran out of memory, died or took too long."""
         for line in self.store.lines.values():
             if (line["model"], line["model_id"]) == (group.model, identity) and not line.get("inferred"):
-                if line["status"] in (OUT_OF_MEMORY, CRASHED) and line["length"] <= group.length:
+                if line["status"] in (OUT_OF_MEMORY, CRASHED, TOO_SLOW) and line["length"] <= group.length:
                     return line
         return None
 
@@ -212,6 +212,9 @@ class Grid:
         self._take_over(group, model, match, scores)
         pending = [clip for clip in scores.pending if clip < self._clips(group)]
         for done, clip in enumerate(pending):
+            if len(scores.done) and (seconds := scores.cost[scores.done, :, 0].min()) > (self.longest_pass or math.inf):
+                why = f"a pass took {describe_seconds(seconds)}"
+                return self._fail([group], model.identity, TOO_SLOW, why, model)
             start = time.perf_counter()
             try:
                 with limited_memory(self.memory if model.device.type == "cpu" else None), torch.inference_mode():
@@ -225,9 +228,8 @@ class Grid:
                     del error  # its traceback holds what the model had made so far
                     release_memory()
                 return
-            passes = len(self.protocol.positions)
             frames = self._frames(group, model.front_end)
-            self.forecast.add(model.name, frames, (time.perf_counter() - start) / passes)
+            self.forecast.add(model.name, frames, (time.perf_counter() - start) / len(self.protocol.positions))
             self.reporter.step(self._seconds_left(group, model, len(pending) - done - 1, left))
         self.reporter.end(group, self._finish(group, model, match, scores))
 

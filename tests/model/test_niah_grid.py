@@ -151,10 +151,22 @@ def test_what_would_take_too_long_is_not_tried(tmp_path):
     found = {line["length"]: line for line in store.lines.values()}
     assert [found[length]["status"] for length in (0.0, 1.0, 2.0)] == [OK, OK, TOO_SLOW]
     assert found[2.0]["error"].startswith("not tried: a pass would take about 0.2")
-    assert run_grid(tmp_path / "first", {"m": hear}, protocol, clips=1, longest_pass=1e-9).lines.keys() >= {
-        ("m", "mean-spectrum", None, 0.0, 0.0)
-    }
     assert "too slow" in write_report(tmp_path).read_text()
+
+
+def test_a_pass_that_no_shorter_one_promised_is_the_last_of_its_length(tmp_path):
+    passes = []
+
+    def suddenly_slow(fbank):
+        passes.append(fbank.shape[1])
+        time.sleep(0.3 * (fbank.shape[1] > 150))
+        return hear(fbank)
+
+    store = run_grid(tmp_path, {"m": suddenly_slow}, longest_pass=0.25)
+    assert [passes.count(frames) for frames in (40, 100, 200)] == [6, 6 * 3 * 2, 3], "one needle, in one haystack"
+    errors = {line["haystack"]: line["error"] for line in store.lines.values() if line["status"] == TOO_SLOW}
+    assert errors["mean-spectrum"].startswith("a pass took 0.3")
+    assert errors["white"] == "not tried: too slow at 2 s (mean-spectrum)"
 
 
 def test_a_model_that_cannot_be_loaded_is_a_result(tmp_path):
