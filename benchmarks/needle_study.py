@@ -262,9 +262,7 @@ def main() -> int:
     parser.add_argument("--corpus", choices=("digits10", "digits", "esc10"), default="digits10")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with fsdd/ and esc10/")
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument(
-        "--models", nargs="+", choices=("dass", "ast"), default=("dass", "ast"), help="which of the two"
-    )
+    parser.add_argument("--models", nargs="+", choices=tuple(KINDS), default=tuple(KINDS), help="only these of them")
     parser.add_argument("--lengths", nargs="+", default=("10s", "60s", "10min"), help="of the input, for cost")
     options = parser.parse_args()
     try:
