@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,27 @@ def test_a_peer_that_is_not_here_is_refused_by_name():
 
 def session() -> Session:
     return Session("cpu", cold=False, threads=1, limit=60.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_short_call_is_told_from_what_is_measured_around_it(training, monkeypatch):
+    """Short calls find their code in the caches, whatever taking their memory has taken."""
+
+    def slow_peak_memory(call, device):
+        time.sleep(0.05)
+        return call(), 0
+
+    import session as module
+
+    monkeypatch.setattr(module, "peak_memory", slow_peak_memory)
+    bench = module.Bench("cpu", cold=True, threads=1)
+    problem = Problem("selective_scan", TINY)
+    expected = oracle.expect(problem, *bench.inputs(problem))
+    case = Case(problem, "dass_ops cpu", training)
+    row = bench.prepare(case, expected)
+    call, code = bench._calls[case]
+    assert row.status == "measured" and 0 < row.first_seconds < module.SHORT
+    assert callable(call) and callable(code)
 
 
 def wrong(scale: float, where: str):
