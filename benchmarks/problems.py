@@ -258,12 +258,12 @@ def multiply_add_slots(problem: Problem, training: bool) -> float:
     """Slots of the multiply-add pipes that the arithmetic takes, counted in a hand-vectorised float32 inner loop: softplus,
     its derivative and exp by polynomials.
 
-    Forward, per channel and step: 18.7, and 7.8 per state. Backward: 30, and 16 per state. The low-rank step sizes of a
-    map and the projection: one per product (three in training).
+    Forward, per channel and step: 10.7 (softplus 6, by tables), and 7.8 per state. Backward: 22, and 16 per state. The
+    low-rank step sizes of a map and the projection: one per product (three in training).
     """
     s = problem.shape
     steps = problem.batch * s.channels * problem.length
-    slots = steps * (18.7 + 7.8 * s.state) + training * steps * (30 + 16 * s.state)
+    slots = steps * (10.7 + 7.8 * s.state) + training * steps * (22 + 16 * s.state)
     if problem.op.startswith("ss2d"):
         products = steps * s.rank
         if problem.op == "ss2d_projected":
