@@ -94,7 +94,9 @@ class MultiplyAdds:
     """Runs float32 multiply-adds at the processor's full rate (fma_peak.c): timed among the candidates, it is the arithmetic
     floor of a CPU under the very conditions of the run. RuntimeError where it cannot be built."""
 
-    STEPS = 4_000_000  # a thread; some 13 ms, beside which the time does not count that torch's threads still wait for work
+    STEPS = (
+        4_000_000  # a thread; some 13 ms, beside which the time does not count that torch's threads still wait for work
+    )
 
     def __init__(self, threads: int):
         self.threads = threads

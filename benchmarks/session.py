@@ -15,7 +15,7 @@ from functools import partial
 
 import implementations
 import torch
-from implementations import OWN, REPLACED, YARDSTICK
+from implementations import OWN, PEER, REPLACED, YARDSTICK
 from oracle import Expected, Mismatch, expect
 from problems import TINY, Problem
 from timing import Candidate, Clock, Sample, Statistics, peak_memory, round_robin, saved_for_backward
@@ -23,6 +23,7 @@ from timing import Candidate, Clock, Sample, Statistics, peak_memory, round_robi
 import dass_ops
 
 QUICK = 0.25  # seconds; calls that take less are repeated for their memory, after what only a first call allocates
+STATE_COPIES = 16  # of all states, that a peer may hold at once
 SHORT = 0.02  # seconds; calls that take less are preceded by one on other data, or cold code would count
 
 # Environments by name. glibc's malloc: memory kept between calls, so that its pages are mapped once, or huge pages.
@@ -62,6 +63,11 @@ class Row:
     instruction_set: str = ""  # that our CPU kernels used
     first_seconds: float = 0.0
     statistics: Statistics | None = None
+
+
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Bench:
@@ -273,6 +279,9 @@ class Session:
         reason = case.problem.unsupported or implementation.refuses(case.problem, case.training)
         if not reason and seconds > self.limit:
             reason = f"about {seconds:.0f} s a call, over the limit of {self.limit:.0f} s"
+        needed, there = STATE_COPIES * case.problem.state_bytes(), memory()
+        if not reason and implementation.kind == PEER and str(self.device) == "cpu" and needed > there:
+            reason = f"it may take {needed / 1e9:.0f} GB, and {there / 1e9:.0f} GB are there"
         return Row(case, implementation.kind, "skipped", reason) if reason else None
 
     def _truth(self, case: Case, cases: Sequence[Case]) -> Expected | None:

@@ -125,6 +125,15 @@ def test_a_short_call_is_told_from_what_is_measured_around_it(training, monkeypa
     assert callable(call) and callable(code)
 
 
+def test_a_peer_that_memory_would_not_hold_is_left_out(monkeypatch):
+    import session as module
+
+    monkeypatch.setattr(module, "memory", lambda: 1000)
+    rows = session().run([Case(Problem("selective_scan", TINY), n) for n in ("hoisted loop", "dass_ops cpu")], 0.1)
+    assert [r.status for r in rows] == ["skipped", "measured"]
+    assert "GB are there" in rows[0].reason
+
+
 def wrong(scale: float, where: str):
     """The hoisted loop with an error."""
 
