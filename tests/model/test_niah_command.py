@@ -40,7 +40,7 @@ def test_options_count_more_than_the_preset():
         (["math:sin", "--positions", "2"], "from 0 to 1"),
         (["math:sin", "--placing", "overlay"], "mean-spectrum"),
         (["nowhere"], "no file or folder"),
-        (["/nowhere"], "no file or folder"),
+        (["/no/such/folder"], "no file or folder"),
         (["runs/nowhere"], "no file or folder"),
         (["math:sine"], "cannot be imported"),
         (["runs"], "runs"),
