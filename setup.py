@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
@@ -151,15 +151,16 @@ def extensions():
         def get_include():
             return str(Path(torch.__file__).parent / "include")
 
-    build_info = CppExtension(
-        "dass_ops._build_info",
-        ["csrc/build_info.cpp"],
-        include_dirs=[get_include()],
-        define_macros=macros,
-        extra_compile_args={"cxx": [*common]},
+    modules.append(
+        Extension(  # not torch's: it must load whatever torch is there
+            "dass_ops._build_info",
+            ["csrc/build_info.cpp"],
+            include_dirs=[get_include()],
+            define_macros=macros,
+            extra_compile_args={"cxx": [*common]},
+            language="c++",
+        )
     )
-    build_info.libraries, build_info.library_dirs = [], []  # it must load whatever torch is there
-    modules.append(build_info)
 
     class Build(BuildExtension):
         """torch's builder, which says at the end what it built and, installed with -e, keeps the objects."""

@@ -64,7 +64,7 @@ def selective_scan(
     Raises:
         ValueError: a shape, dtype or device that does not fit; RuntimeError: a backend that cannot run here.
     """
-    flags = (reverse,) if isinstance(reverse, bool) else tuple(bool(r) for r in reverse)
+    flags = _flags(reverse)
     if out_dtype is None and not torch.compiler.is_compiling():
         plain = _plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, flags, backend)
         if plain:
@@ -328,9 +328,21 @@ def _chunk(chunk: int, *inputs: Tensor | None) -> int:
     return chunk if needed else 0
 
 
+def _flags(reverse: bool | Sequence[bool]) -> tuple[bool, ...]:
+    if isinstance(reverse, bool):
+        return (reverse,)
+    try:
+        return tuple(bool(r) for r in reverse)
+    except TypeError:
+        raise ValueError(
+            f"reverse is {reverse!r}; expected a bool, or one for each equal share of the channels."
+        ) from None
+
+
 def _spread(t: Tensor, name, batch, directions, channels, state, length) -> Tensor:
     """B or C of selective_scan in the operator's layout."""
     per_direction = channels // directions
+    _expect_tensor(t, name)
     if t.dim() == 2:
         _expect_shape(t, name, (channels, state), "(channels, state)")
         return t.reshape(1, directions, per_direction, state, 1)
@@ -351,6 +363,7 @@ def _spread(t: Tensor, name, batch, directions, channels, state, length) -> Tens
 
 def _per_direction(t: Tensor, name, batch, channels, state, length) -> Tensor:
     """B or C of bidirectional_scan in the operator's layout."""
+    _expect_tensor(t, name)
     if t.dim() == 3:
         _expect_shape(t, name, (2, channels, state), "(2, channels, state)")
         return t.reshape(1, 2, channels, state, 1)
@@ -418,6 +431,11 @@ def _real(t: Tensor | None, name: str) -> Tensor | None:
     if t.is_complex():
         raise ValueError(f"{name} has dtype {t.dtype}; complex state spaces are not supported. Use a real {name}.")
     raise ValueError(f"{name} has dtype {t.dtype}; expected a floating dtype. Convert it with .float().")
+
+
+def _expect_tensor(t: Tensor, name: str) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name} is {type(t).__name__}; expected a tensor.")
 
 
 def _expect_axes(t: Tensor, name: str, axes: int, meaning: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from dass_ops import bidirectional_scan, selective_scan, ss2d, ss2d_projected
 from dass_ops.backends import CHUNK, Backend
@@ -229,7 +230,7 @@ def test_fake_kernels_know_the_layout(backend):
     leaves = [t.requires_grad_() for t in inputs.values()]
     options = {"chunk": CHUNK[backend], "out_dtype": torch.float32}
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.dass_ops.ss2d_forward.default, leaves, options, test_utils=tests)
+    library.opcheck(torch.ops.dass_ops.ss2d_forward.default, leaves, options, test_utils=tests)
 
 
 def same(runs) -> None:

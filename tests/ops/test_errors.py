@@ -36,6 +36,10 @@ def test_options():
     inputs = scan_inputs(ScanCase(), torch.float32)
     with pytest.raises(ValueError, match="reverse has 3 flags; expected a divisor of the 4 channels"):
         selective_scan(**inputs, reverse=(True, False, True))
+    with pytest.raises(ValueError, match="reverse is None; expected a bool, or one for each equal share"):
+        selective_scan(**inputs, reverse=None)
+    with pytest.raises(ValueError, match="B is NoneType; expected a tensor"):
+        selective_scan(**(inputs | {"B": None}))
     with pytest.raises(ValueError, match="out_dtype is torch.float16; expected torch.float32"):
         selective_scan(**inputs, out_dtype=torch.float16)
     with pytest.raises(ValueError, match="backend .* is 'gpu'; expected one of cpu, cuda"):

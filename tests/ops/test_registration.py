@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from dass_ops import bidirectional_scan, selective_scan, ss2d, ss2d_projected
 from dass_ops.backends import CHUNK, SUFFIX, Backend, resolve
@@ -36,7 +37,7 @@ def test_opcheck_scan(backend_with_suffix, z):
         split(t["D"], 0), split(t["z"], 1), split(t["delta_bias"], 0), split(t["initial_state"], 1),
     )  # fmt: skip
     options = {"delta_softplus": True, "reverse": [z], "chunk": CHUNK[backend], "out_dtype": torch.float32}
-    torch.library.opcheck(operator("scan_forward", SUFFIX[backend]), arguments, options, test_utils=CHECKS)
+    library.opcheck(operator("scan_forward", SUFFIX[backend]), arguments, options, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -45,7 +46,7 @@ def test_opcheck_ss2d(backend_with_suffix, projected):
     inputs = leaves(map_inputs(MapCase(height=3, width=4), torch.float32, projected=projected), backend)
     options = {"chunk": CHUNK[backend], "out_dtype": torch.float32}
     name = "ss2d_projected_forward" if projected else "ss2d_forward"
-    torch.library.opcheck(operator(name, SUFFIX[backend]), tuple(inputs.values()), options, test_utils=CHECKS)
+    library.opcheck(operator(name, SUFFIX[backend]), tuple(inputs.values()), options, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("function", [selective_scan, bidirectional_scan])
