@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <string>
+#include "operators.h"
 
 namespace dass {
 namespace {
@@ -14,50 +14,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// The families of operators, by what stands behind their names.
-struct Native {
-  static constexpr const char* suffix = "";
-};
-struct Emulated {
-  static constexpr const char* suffix = "_emulated";
-};
-struct Triton {
-  static constexpr const char* suffix = "_triton";
-};
-
-using ScanForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                                       const OptionalTensor&, bool, const c10::List<bool>&, int64_t,
-                                                       at::ScalarType);
-using ScanBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, bool,
-    const c10::List<bool>&, int64_t);
-using Ss2dForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                               const Tensor&, int64_t, at::ScalarType);
-using Ss2dBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                                                const Tensor&, const Tensor&, const Tensor&,
-                                                                                const Tensor&, const Tensor&, int64_t);
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name, const char* suffix) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("dass_ops::") + name + suffix).c_str(), "").typed<Signature>();
-}
-
-// Found at the first call: the families that Python defines do not exist when this file is loaded.
-template <typename Family>
-struct Operators {
-  c10::TypedOperatorHandle<ScanForward> scan_forward = find<ScanForward>("scan_forward", Family::suffix);
-  c10::TypedOperatorHandle<ScanBackward> scan_backward = find<ScanBackward>("scan_backward", Family::suffix);
-  c10::TypedOperatorHandle<Ss2dForward> ss2d_forward = find<Ss2dForward>("ss2d_forward", Family::suffix);
-  c10::TypedOperatorHandle<Ss2dBackward> ss2d_backward = find<Ss2dBackward>("ss2d_backward", Family::suffix);
-
-  static const Operators& get() {
-    static const Operators found;
-    return found;
-  }
-};
 
 Tensor given(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
@@ -74,7 +30,7 @@ struct Scan : torch::autograd::Function<Scan<Family>> {
                                const OptionalTensor& delta_bias, const OptionalTensor& initial_state, bool delta_softplus,
                                const c10::List<bool>& reverse, int64_t chunk, at::ScalarType out_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [out, last_state, boundary_states] = Operators<Family>::get().scan_forward.call(
+    const auto [out, last_state, boundary_states] = operators<Family>().scan_forward.call(
         u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, chunk, out_dtype);
     context->save_for_backward(
         {u, delta, A, B, C, given(D), given(z), given(delta_bias), given(initial_state), boundary_states});
@@ -96,7 +52,7 @@ struct Scan : torch::autograd::Function<Scan<Family>> {
       if (!d_outputs[1].defined()) return variable_list(13);
       d_out = at::zeros_symint(u.sym_sizes(), u.options().dtype(options.at("out_dtype").toScalarType()));
     }
-    const auto gradients = Operators<Family>::get().scan_backward.call(
+    const auto gradients = operators<Family>().scan_backward.call(
         d_out, optional(d_outputs[1]), u, saved[1], saved[2], saved[3], saved[4], optional(saved[5]), optional(saved[6]),
         optional(saved[7]), optional(saved[8]), saved[9], options.at("delta_softplus").toBool(),
         options.at("reverse").toBoolList(), options.at("chunk").toInt());
@@ -115,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> scan(const Tensor& u, const Tensor& delta, co
                                         const c10::List<bool>& reverse, int64_t chunk, at::ScalarType out_dtype) {
   if (!needs_gradient({u, delta, A, B, C, given(D), given(z), given(delta_bias), given(initial_state)})) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return Operators<Family>::get().scan_forward.call(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus,
+    return operators<Family>().scan_forward.call(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus,
                                                       reverse, chunk, out_dtype);
   }
   const auto outputs =
@@ -130,7 +86,7 @@ struct Ss2d : torch::autograd::Function<Ss2d<Family>> {
                                at::ScalarType out_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, boundary_states] =
-        Operators<Family>::get().ss2d_forward.call(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk, out_dtype);
+        operators<Family>().ss2d_forward.call(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk, out_dtype);
     context->save_for_backward({x, x_dbl, dt_weight, dt_bias, A_logs, Ds, boundary_states});
     context->saved_data["chunk"] = chunk;
     context->set_materialize_grads(false);
@@ -142,7 +98,7 @@ struct Ss2d : torch::autograd::Function<Ss2d<Family>> {
     if (!d_outputs[0].defined()) return variable_list(8);
     const auto saved = context->get_saved_variables();
     const auto gradients =
-        Operators<Family>::get().ss2d_backward.call(d_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+        operators<Family>().ss2d_backward.call(d_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
                                                     saved[6], context->saved_data.at("chunk").toInt());
     variable_list result = std::apply([](const auto&... each) { return variable_list{each...}; }, gradients);
     result.resize(8);
@@ -155,7 +111,7 @@ std::tuple<Tensor, Tensor> ss2d(const Tensor& x, const Tensor& x_dbl, const Tens
                                 const Tensor& A_logs, const Tensor& Ds, int64_t chunk, at::ScalarType out_dtype) {
   if (!needs_gradient({x, x_dbl, dt_weight, dt_bias, A_logs, Ds})) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return Operators<Family>::get().ss2d_forward.call(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk, out_dtype);
+    return operators<Family>().ss2d_forward.call(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk, out_dtype);
   }
   const auto outputs = Ss2d<Family>::apply(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, chunk, out_dtype);
   return {outputs[0], outputs[1]};

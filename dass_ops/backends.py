@@ -32,6 +32,8 @@ SUFFIX = {Backend.CPU: "", Backend.CUDA: "", Backend.TRITON: "_triton", Backend.
 CHUNK = {Backend.CPU: 256, Backend.CUDA: 256, Backend.TRITON: 128, Backend.EMULATED: 256}
 # The same where a channel has more than one state.
 STATES_CHUNK = {**CHUNK, Backend.CPU: 64}
+# Both, by device type, of the backends whose operators have no suffix.
+NATIVE_CHUNKS = {str(b): (CHUNK[b], STATES_CHUNK[b]) for b, suffix in SUFFIX.items() if not suffix}
 # The same for maps. The CUDA kernels find the states inside a map anew: one chunk, entered by zeros.
 WHOLE_MAP = 1 << 40
 MAP_CHUNK = {**CHUNK, Backend.CUDA: WHOLE_MAP, Backend.EMULATED: WHOLE_MAP}

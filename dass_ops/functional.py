@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import CHUNK, MAP_CHUNK, STATES_CHUNK, SUFFIX, Backend, resolve
+from . import loading, reference
+from .backends import CHUNK, MAP_CHUNK, NATIVE_CHUNKS, STATES_CHUNK, SUFFIX, Backend, resolve
 from .registration import operator, project, state_dtype
+
+# (out, last_state) in one step, by csrc/plain_scan.cpp; None where selective_scan has to look closer.
+_plain_scan = loading.plain_scan() or (lambda *arguments: None)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,11 +67,13 @@ def selective_scan(
     Raises:
         ValueError: a shape, dtype or device that does not fit; RuntimeError: a backend that cannot run here.
     """
-    flags = _flags(reverse)
     if out_dtype is None and not torch.compiler.is_compiling():
-        plain = _plain_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, flags, backend)
-        if plain:
-            return tuple(plain) if return_last_state else plain[0]
+        plain = _plain_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, backend, NATIVE_CHUNKS
+        )
+        if plain is not None:
+            return plain if return_last_state else plain[0]
+    flags = _flags(reverse)
     _expect_axes(u, "u", 3, "(batch, channels, length)")
     batch, channels, length = u.shape
     _expect_shape(delta, "delta", (batch, channels, length), "u's shape")
@@ -299,17 +304,6 @@ def _scan(
         out_dtype=_kernel_out(out_dtype, io),
     )
     return _to(out, out_dtype), last_state
-
-
-def _plain_scan(*arguments) -> list[Tensor]:
-    """(out, last_state) in one step, by csrc/plain_scan.cpp; nothing where selective_scan has to look closer."""
-    *tensors, delta_softplus, reverse, backend = arguments
-    if type(tensors[0]) is not Tensor or not all(t is None or isinstance(t, Tensor) for t in tensors):
-        return []
-    backend = resolve(tensors[0].device.type, backend)
-    if SUFFIX.get(backend) != "" or any(t is None for t in tensors[:5]):
-        return []
-    return operator("plain_selective_scan")(*tensors, delta_softplus, reverse, _scan_chunk(backend, tensors[2]))
 
 
 def _reference_ss2d(x, x_dbl, parameters, out_dtype):

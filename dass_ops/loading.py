@@ -53,3 +53,8 @@ def problem(module: str) -> str:
 def load(module: str) -> None:
     """Loads dass_ops.`module`, which registers its operators; OSError where the loader refuses."""
     torch.ops.load_library(str(_find(module)))
+
+
+def plain_scan():
+    """The function of csrc/plain_scan.cpp, or None where the extension cannot be loaded."""
+    return None if problem("_C") else importlib.import_module("dass_ops._C").plain_scan
