@@ -4,6 +4,7 @@
 // else is left to that file, which also knows what to say about it.
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -21,6 +22,8 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 // What selective_scan is given.
 struct PlainScan {
@@ -58,26 +61,112 @@ struct PlainScan {
     return all;
   }
 
-  std::pair<Tensor, Tensor> run(int64_t chunk) const {
-    const int64_t batch = u.size(0), channels = u.size(1), length = u.size(2), state = A.size(1);
-    const auto directions = static_cast<int64_t>(reverse.size());
-    const int64_t share = channels / directions;
-    std::optional<at::AutoDispatchBelowADInplaceOrView> unrecorded;
-    if (!recorded) unrecorded.emplace();
-    const auto sequence = [&](const Tensor& t) { return t.view({batch, directions, share, length}); };
-    const auto split = [&](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->view({directions, share})) : t; };
-    const auto projection = [&](const Tensor& p) {
-      if (p.dim() == 3) return p.unsqueeze(1).unsqueeze(1).expand({batch, directions, 1, state, length});
-      return p.view({batch, directions, p.size(1) / directions, state, length});
-    };
-    const auto [out, last_state, boundary_states] = operators<Native>().scan_forward.call(
-        sequence(u), sequence(delta), A.view({directions, share, state}), projection(B), projection(C), split(D),
-        z.has_value() ? OptionalTensor(sequence(*z)) : z, split(delta_bias),
-        initial_state.has_value() ? OptionalTensor(initial_state->view({batch, directions, share, state})) : initial_state,
-        delta_softplus, reverse, recorded ? chunk : 0, u.scalar_type());
-    return {out.view({batch, channels, length}), last_state.view({batch, channels, state})};
+};
+
+using Shaped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+// The operator's layout: directions have an axis of their own.
+struct Shapes {
+  int64_t batch, channels, length, state, directions, share;
+
+  explicit Shapes(const PlainScan& scan)
+      : batch(scan.u.size(0)),
+        channels(scan.u.size(1)),
+        length(scan.u.size(2)),
+        state(scan.A.size(1)),
+        directions(static_cast<int64_t>(scan.reverse.size())),
+        share(channels / directions) {}
+
+  Tensor sequence(const Tensor& t) const { return t.view({batch, directions, share, length}); }
+  OptionalTensor sequence(const OptionalTensor& t) const { return t.has_value() ? OptionalTensor(sequence(*t)) : t; }
+  OptionalTensor parameter(const OptionalTensor& t) const {
+    return t.has_value() ? OptionalTensor(t->view({directions, share})) : t;
+  }
+  Tensor states(const Tensor& t) const { return t.view({batch, directions, share, state}); }
+  OptionalTensor states(const OptionalTensor& t) const { return t.has_value() ? OptionalTensor(states(*t)) : t; }
+  Tensor projection(const Tensor& p) const {
+    if (p.dim() == 3) return p.unsqueeze(1).unsqueeze(1).expand({batch, directions, 1, state, length});
+    return p.view({batch, directions, p.size(1) / directions, state, length});
+  }
+  // A gradient in that layout as one of `p`, which all directions may share.
+  Tensor gradient_of_projection(const Tensor& gradient, const Tensor& p) const {
+    return p.dim() == 3 && directions > 1 ? gradient.sum({1, 2}) : gradient.view(p.sizes());
+  }
+  Shaped of(const PlainScan& s) const {
+    return {sequence(s.u), sequence(s.delta), s.A.view({directions, share, state}), projection(s.B), projection(s.C),
+            parameter(s.D), sequence(s.z), parameter(s.delta_bias), states(s.initial_state)};
   }
 };
+
+// (out, last_state, boundary_states), below autograd.
+std::tuple<Tensor, Tensor, Tensor> run(const PlainScan& scan, int64_t chunk) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const Shapes shapes(scan);
+  const auto [out, last_state, boundary_states] = std::apply(
+      [&](const auto&... inputs) {
+        return operators<Native>().scan_forward.call(inputs..., scan.delta_softplus, scan.reverse, chunk, scan.u.scalar_type());
+      },
+      shapes.of(scan));
+  return {out.view({shapes.batch, shapes.channels, shapes.length}), last_state.view({shapes.batch, shapes.channels, shapes.state}),
+          boundary_states};
+}
+
+// One node for the whole call: a node for every view would cost a short sequence more than its gradient.
+struct RecordedScan : torch::autograd::Function<RecordedScan> {
+  static variable_list forward(AutogradContext* context, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                               const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                               const OptionalTensor& initial_state, bool delta_softplus, const c10::List<bool>& reverse,
+                               int64_t chunk) {
+    const auto [out, last_state, boundary_states] =
+        run({u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse}, chunk);
+    const auto given = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+    context->save_for_backward(
+        {u, delta, A, B, C, given(D), given(z), given(delta_bias), given(initial_state), boundary_states});
+    context->saved_data["delta_softplus"] = delta_softplus;
+    context->saved_data["reverse"] = reverse;
+    context->saved_data["chunk"] = chunk;
+    context->set_materialize_grads(false);
+    return {out, last_state};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& d_outputs) {
+    variable_list result(12);
+    if (!d_outputs[0].defined() && !d_outputs[1].defined()) return result;
+    const auto saved = context->get_saved_variables();
+    const auto& options = context->saved_data;
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const PlainScan scan{saved[0],           saved[1],           saved[2],           saved[3],
+                         saved[4],           optional(saved[5]), optional(saved[6]), optional(saved[7]),
+                         optional(saved[8]), options.at("delta_softplus").toBool(), options.at("reverse").toBoolList()};
+    const Shapes shapes(scan);
+    const Tensor d_out = d_outputs[0].defined() ? d_outputs[0] : at::zeros_like(scan.u);
+    const auto gradients = std::apply(
+        [&](const auto&... inputs) {
+          return operators<Native>().scan_backward.call(shapes.sequence(d_out), shapes.states(optional(d_outputs[1])), inputs...,
+                                                        saved[9], scan.delta_softplus, scan.reverse, options.at("chunk").toInt());
+        },
+        shapes.of(scan));
+    size_t i = 0;
+    std::apply([&](const auto&... each) { ((result[i] = each, ++i), ...); }, gradients);
+    for (i = 0; i < 9; ++i) {
+      if (!saved[i].defined())
+        result[i] = Tensor();  // the kernels return an empty one
+      else
+        result[i] = i == 3 || i == 4 ? shapes.gradient_of_projection(result[i], saved[i]) : result[i].view(saved[i].sizes());
+    }
+    return result;
+  }
+};
+
+std::pair<Tensor, Tensor> result_of(const PlainScan& s, int64_t chunk) {
+  if (s.recorded) {
+    auto outputs = RecordedScan::apply(s.u, s.delta, s.A, s.B, s.C, s.D, s.z, s.delta_bias, s.initial_state, s.delta_softplus,
+                                       s.reverse, chunk);
+    return {std::move(outputs[0]), std::move(outputs[1])};
+  }
+  auto outputs = run(s, 0);
+  return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
+}
 
 // A tensor as such: no subclass, no wrapper of a transformation.
 bool unwrap(PyObject* object, Tensor& tensor) {
@@ -144,7 +233,7 @@ PyObject* plain_scan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   std::pair<Tensor, Tensor> result;
   {
     const pybind11::gil_scoped_release unlocked;
-    result = scan.run(chunk);
+    result = result_of(scan, chunk);
   }
   THPObjectPtr out(THPVariable_Wrap(std::move(result.first))), last_state(THPVariable_Wrap(std::move(result.second)));
   if (!out || !last_state) return nullptr;
