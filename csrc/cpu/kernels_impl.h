@@ -7,6 +7,7 @@
 #include "cpu/vector/rows.h"
 #include "cpu/vector/turned_rows.h"
 #include "cpu/pieces.h"
+#include "cpu/scan_rows_batch.h"
 #include "cpu/scan_rows_forward.h"
 #include "cpu/scan_sums.h"
 #include "cpu/scan_rows_tile.h"

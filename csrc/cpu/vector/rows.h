@@ -9,7 +9,7 @@ inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline int64_t size_of(Dtype type) { return type == Dtype::float32 ? 4 : 2; }
+constexpr int64_t size_of(Dtype type) { return type == Dtype::float32 ? 4 : 2; }
 inline const void* element(Dtype type, const void* data, int64_t i) {
   return static_cast<const char*>(data) + i * size_of(type);
 }
@@ -60,6 +60,28 @@ inline void store_row(Dtype type, void* to, const float* from, int64_t n) {
   }
 }
 
+// visit(type) with the dtype as a constant of the program.
+template <typename Visit>
+inline void with_dtype(Dtype type, Visit visit) {
+  switch (type) {
+    case Dtype::bfloat16: return visit(std::integral_constant<Dtype, Dtype::bfloat16>());
+    case Dtype::float16: return visit(std::integral_constant<Dtype, Dtype::float16>());
+    default: return visit(std::integral_constant<Dtype, Dtype::float32>());
+  }
+}
+
+// Past the caches to memory of any alignment.
+inline void stream_bytes(char* to, const char* from, int64_t bytes) {
+  const int64_t head = smaller_of(bytes, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64));
+  __builtin_memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + 4 * W <= bytes; i += 4 * W) stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  __builtin_memcpy(to + i, from + i, bytes - i);
+}
+
+// The first n of W floats, of which there may be none or more, then zeros.
+inline V load_clipped(const float* p, int64_t n) { return load_part(p, static_cast<int>(larger_of(0, smaller_of(W, n)))); }
+
 // What a tile of this many elements will need soon, fetched in the course of the loops over the present one: hardware prefetchers
 // stop at the end of a page, and rows end everywhere. Into the second-level cache: the first has no room for it. Null: nothing.
 struct Ahead {
@@ -94,20 +116,6 @@ inline void softplus_row(const float* v, float bias, float* to, int64_t n, Ahead
   }
   for (int64_t i = 0; i < n; i += W) store(to + i, softplus_from(load(v + i) + shift_by, load(to + i)));
 #endif
-}
-
-// Step sizes from delta + bias, 0 (which leaves the state as it is) beyond n.
-inline void step_sizes(const float* delta, float bias, bool with_softplus, float* dt, int64_t n, int64_t padded, Ahead ahead) {
-  const V shift_by = all(bias);
-  if (with_softplus) {
-    softplus_row(delta, bias, dt, padded, ahead);
-  } else {
-    for (int64_t i = 0; i < padded; i += W) {
-      ahead.fetch(i);
-      store(dt + i, load(delta + i) + shift_by);
-    }
-  }
-  for (int64_t i = n; i < padded; ++i) dt[i] = 0.0f;
 }
 
 // y times silu(z).

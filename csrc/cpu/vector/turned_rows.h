@@ -1,8 +1,62 @@
 // Stretches of rows in an I/O dtype as blocks of runs (block_scan.h), and back.
 #pragma once
 
+#if defined(DASS_VECTOR_TABLE)
+#include "cpu/vector/runs_avx512.h"
+#endif
+
 namespace dass::cpu {
 namespace {
+
+template <Dtype type>
+inline Block load_runs(const void* row) {
+  if constexpr (type == Dtype::float32) {
+    return Block::at(static_cast<const float*>(row)).turned();
+  } else {
+    const auto* p = static_cast<const uint16_t*>(row);
+    Block r;
+#if defined(DASS_VECTOR_TABLE)
+    type == Dtype::bfloat16 ? load_runs_bfloat16(p, r.v) : load_runs_float16(p, r.v);
+    return r;
+#else
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) r.v[j] = type == Dtype::bfloat16 ? load_bfloat16(p + j * W) : load_float16(p + j * W);
+    return r.turned();
+#endif
+  }
+}
+
+template <Dtype type>
+inline void store_runs(const Block& runs, void* row, bool streamed) {
+  if constexpr (type == Dtype::float32) {
+    const Block natural = runs.turned();
+    streamed ? natural.stream_to(static_cast<float*>(row)) : natural.to(static_cast<float*>(row));
+  } else {
+    auto* p = static_cast<uint16_t*>(row);
+#if defined(DASS_VECTOR_TABLE)
+    type == Dtype::bfloat16 ? store_runs_bfloat16(p, runs.v, streamed) : store_runs_float16(p, runs.v, streamed);
+#else
+    const Block natural = runs.turned();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      type == Dtype::bfloat16 ? store_bfloat16(p + j * W, natural.v[j]) : store_float16(p + j * W, natural.v[j]);
+#endif
+  }
+}
+
+// The beginning of a block, then zeros.
+__attribute__((noinline)) inline Block load_part_of_runs(Dtype type, const void* row, int64_t n) {
+  alignas(64) float part[block];
+  load_row(type, row, part, n, block);
+  return Block::at(part).turned();
+}
+
+// A block of runs without what lies beyond n.
+inline void zero_beyond(float* runs, int64_t n) {
+  alignas(64) float part[block];
+  Block::at(runs).turned().to(part);
+  load_part_of_runs(Dtype::float32, part, n).to(runs);
+}
 
 // A stretch of a row, block by block as runs.
 struct TurnedRow {
