@@ -15,6 +15,7 @@
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"
 #include "cpu/ss2d_forward.h"
+#include "cpu/ss2d_backward_chunk.h"
 #include "cpu/ss2d_backward.h"
 #include "cpu/scan_lanes.h"
 #include "cpu/scan_lanes_backward.h"

@@ -8,7 +8,8 @@
 namespace dass::cpu {
 namespace {
 
-inline void transpose_square(V* r) {  // r[i] lane j <-> r[j] lane i
+// r[i] lane j <-> r[j] lane i. Inlined whatever the compiler thinks of its size: a call would pass W vectors through memory.
+__attribute__((always_inline)) inline void transpose_square(V* r) {
 #pragma GCC unroll 4
   for (int i = 0; i < W; i += 4) transpose4(r[i], r[i + 1], r[i + 2], r[i + 3]);
 #pragma GCC unroll 4
@@ -35,40 +36,57 @@ inline V sum_each(const float* rows) {
   return sum_pieces(z);
 }
 
-// Rows are read and written in stretches of a few cache lines, by way of a buffer: rows often lie a power of two apart, and taking
-// one vector of each in turn would make them compete for the same few places of the cache.
+// Rows of `channels` <= W channels, `stride` elements apart, as lane tiles; absent channels are 0. `emit(p, x)` gets each position.
+// `ahead`: how many elements from here that lies which will be wanted next, to be fetched meanwhile.
+template <typename Emit>
+inline void floats_to_lanes(const float* rows, int64_t stride, int64_t channels, int64_t n, Emit emit, int64_t ahead) {
+  for (int64_t p = 0; p < n; p += W) {
+    const int64_t count = smaller_of(W, n - p);
+    const float* from = rows + p;
+    V r[W];
+    if (channels == W && count == W) {
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) {
+        r[c] = load(from + c * stride);
+        if (p % 16 == 0) __builtin_prefetch(from + c * stride + ahead, 0, 2);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) r[c] = c < channels ? load_part(from + c * stride, static_cast<int>(count)) : all(0.0f);
+    }
+    transpose_square(r);
+    if (count == W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) emit(p + i, r[i]);
+    } else {
+      float square[W * W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(square + i * W, r[i]);
+      for (int64_t i = 0; i < count; ++i) emit(p + i, load(square + i * W));
+    }
+  }
+}
+
+// Of the narrower types, rows are read and written in stretches of whole cache lines, by way of a buffer: rows often lie a power of
+// two apart, and half a line of each in turn would make them compete for the same few places of the cache.
 constexpr int64_t stretch = 64;
 struct alignas(64) Stretches {
   float row[W][stretch + 16];
 };
 
-// Rows of `channels` <= W channels, `stride` elements apart, as lane tiles; absent channels are 0. `emit(p, x)` gets each position.
-// `ahead`: how many elements from here that lies which will be wanted next, to be fetched meanwhile.
 template <typename Emit>
 inline void rows_to_lanes(Dtype type, const void* rows, int64_t stride, int64_t channels, int64_t n, Emit emit,
                           int64_t ahead = stretch) {
+  if (type == Dtype::float32) return floats_to_lanes(static_cast<const float*>(rows), stride, channels, n, emit, ahead);
   Stretches s;
-  for (int64_t c = channels; c < W; ++c) fill_row(s.row[c], 0.0f, stretch);
   for (int64_t begin = 0; begin < n; begin += stretch) {
     const int64_t length = smaller_of(stretch, n - begin), padded = round_up(length, W);
     for (int64_t c = 0; c < channels; ++c) {
       const void* from = element(type, rows, c * stride + begin);
-      for (int64_t i = 0; i < stretch; i += 16) __builtin_prefetch(element(type, from, ahead + i), 0, 2);
+      for (int64_t i = 0; i < stretch; i += 32) __builtin_prefetch(element(type, from, ahead + i), 0, 2);
       load_row(type, from, s.row[c], length, padded);
     }
-    for (int64_t p = 0; p < padded; p += W) {
-      V r[W];
-#pragma GCC unroll 16
-      for (int c = 0; c < W; ++c) r[c] = load(s.row[c] + p);
-      transpose_square(r);
-      const int64_t count = smaller_of(W, length - p);
-      if (count == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) emit(begin + p + i, r[i]);
-      } else {
-        for (int64_t i = 0; i < count; ++i) emit(begin + p + i, r[i]);
-      }
-    }
+    floats_to_lanes(s.row[0], stretch + 16, channels, length, [&](int64_t p, V x) { emit(begin + p, x); }, 0);
   }
 }
 
@@ -97,10 +115,23 @@ inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channe
   }
 }
 
+// `streamed`: past the caches, where rows are floats and vectors of them aligned.
 template <typename Fetch>
 inline void lanes_to_rows(Dtype type, void* rows, int64_t stride, int64_t channels, int64_t n, Fetch fetch,
-                          int64_t ahead = stretch) {
-  lanes_to_rows(type, rows, stride, channels, n, fetch, [](int64_t, int64_t, float*, int64_t) {}, ahead);
+                          int64_t ahead = stretch, bool streamed = false) {
+  int64_t squares = 0;  // positions that full squares take straight to rows of floats
+  if (type == Dtype::float32 && channels == W)
+    for (float* to = static_cast<float*>(rows); squares + W <= n; squares += W) {
+      V r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = fetch(squares + i);
+      transpose_square(r);
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) streamed ? stream(to + c * stride + squares, r[c]) : store(to + c * stride + squares, r[c]);
+    }
+  if (squares < n)
+    lanes_to_rows(type, element(type, rows, squares), stride, channels, n - squares, [&](int64_t p) { return fetch(squares + p); },
+                  [](int64_t, int64_t, float*, int64_t) {}, ahead);
 }
 
 // Maps of `channels` <= W channels as lane tiles, and back. They lie in rows, `channel` elements apart (position == 1), or with the
@@ -122,13 +153,24 @@ inline void map_to_lanes(Dtype type, const void* map, int64_t channel, int64_t p
   }
 }
 template <typename Fetch>
-inline void lanes_to_map(Dtype type, void* map, int64_t channel, int64_t position, int64_t channels, int64_t n, Fetch fetch) {
-  if (position == 1) return lanes_to_rows(type, map, channel, channels, n, fetch);
+inline void lanes_to_map(Dtype type, void* map, int64_t channel, int64_t position, int64_t channels, int64_t n, Fetch fetch,
+                         bool streamed) {
+  if (position == 1) return lanes_to_rows(type, map, channel, channels, n, fetch, stretch, streamed);
   for (int64_t p = 0; p < n; ++p) {
-    float lane[W];
-    store(lane, fetch(p));
-    store_row(type, element(type, map, p * position), lane, channels);
+    if (type == Dtype::float32 && channels == W) {
+      float* to = static_cast<float*>(map) + p * position;
+      streamed ? stream(to, fetch(p)) : store(to, fetch(p));
+    } else {
+      float lane[W];
+      store(lane, fetch(p));
+      store_row(type, element(type, map, p * position), lane, channels);
+    }
   }
+}
+// Whether a map of so many elements is stored past the caches: it is large, and its vectors are aligned.
+inline bool is_streamed(Dtype type, const void* map, int64_t channels, int64_t position, int64_t length, int64_t elements) {
+  return type == Dtype::float32 && elements >= streaming_elements && reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
+         (position == 1 ? length : channels) % 16 == 0;
 }
 
 // Column `row` of W rows of parameters, 0 for absent channels: one number for each lane.

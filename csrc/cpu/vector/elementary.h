@@ -71,13 +71,15 @@ struct SoftplusNear {
   }
   V operator()(V v) {
     const V t = magnitude(v), index = t + all(to_whole), r = t - (index - all(to_whole));
-    largest = larger_bits(largest, t);
+    largest = further(largest, v);
     V q = table(coefficients[6], index);
 #pragma GCC unroll 5
     for (int i = 5; i > 0; --i) q = fma(q, r, table(coefficients[i], index));
     return fma(q, r, table(coefficients[0], index) + larger_bits(v, all(0.0f)));
   }
-  bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its result is not valid
+  static V further(V largest, V v) { return larger_bits(largest, magnitude(v)); }
+  static bool serves(V largest) { return !any_beyond(largest, softplus_near); }
+  bool was_far() const { return !serves(largest); }  // some v so far: its result is not valid
 };
 inline V softplus(V v) {
   const V e = exp_of_negative_magnitude(v), far = fma(e * all(-0.5f), e, e) + larger(all(0.0f), v);
@@ -104,6 +106,8 @@ inline V softplus_from(V v, V e) { return log_one_plus(e, larger(all(0.0f), v));
 inline V softplus(V v) { return softplus_from(v, exp_of_negative_magnitude(v)); }
 struct SoftplusNear {
   V operator()(V v) const { return softplus(v); }
+  static V further(V largest, V) { return largest; }
+  static bool serves(V) { return true; }
   bool was_far() const { return false; }
 };
 #endif
