@@ -1,4 +1,4 @@
-// selective_scan as most calls are: dtypes that need no conversion, B and C that vary along the sequence, shapes that fit, tensors
+// selective_scan, and ss2d, as most calls are: dtypes that need no conversion, B and C that vary along the sequence, shapes that fit, tensors
 // without wrappers or modes around them. It does in one step what dass_ops/functional.py does in many, each of which costs a short
 // sequence more than its scan when Python is not in the caches; so it is a function of Python's own kind and no operator. Anything
 // else is left to that file, which also knows what to say about it.
@@ -168,6 +168,36 @@ std::pair<Tensor, Tensor> result_of(const PlainScan& s, int64_t chunk) {
   return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
 }
 
+// What ss2d is given.
+struct PlainMap {
+  Tensor x, x_dbl, dt_weight, dt_bias, A_logs, Ds;
+  bool recorded = false;
+
+  bool fits() {
+    const auto io = x.scalar_type(), parameter = state_dtype(io);
+    const bool known = io == at::kFloat || io == at::kBFloat16 || io == at::kHalf || io == at::kDouble;
+    if (!known || x.dim() != 4 || dt_weight.dim() != 3 || A_logs.dim() != 2) return false;
+    const int64_t channels = x.size(1), rank = dt_weight.size(2), state = A_logs.size(1);
+    recorded = x.requires_grad();
+    const auto is = [&](const Tensor& t, at::IntArrayRef shape, at::ScalarType type) {
+      recorded |= t.requires_grad();
+      return t.sizes() == shape && t.scalar_type() == type && t.device() == x.device();
+    };
+    const bool all = is(x_dbl, {x.size(0), 4, rank + 2 * state, x.size(2), x.size(3)}, io) &&
+                     is(dt_weight, {4, channels, rank}, parameter) && is(dt_bias, {4, channels}, parameter) &&
+                     is(A_logs, {4 * channels, state}, parameter) && is(Ds, {4 * channels}, parameter);
+    recorded &= at::GradMode::is_enabled();
+    return all;
+  }
+
+  Tensor run(int64_t chunk) const {
+    std::optional<at::AutoDispatchBelowADInplaceOrView> unrecorded;
+    if (!recorded) unrecorded.emplace();
+    return std::get<0>(operators<Native>().ss2d_forward.call(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, recorded ? chunk : 0,
+                                                             x.scalar_type()));
+  }
+};
+
 // A tensor as such: no subclass, no wrapper of a transformation.
 bool unwrap(PyObject* object, Tensor& tensor) {
   if (!THPVariable_CheckExact(object)) return false;
@@ -241,7 +271,28 @@ PyObject* plain_scan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// plain_map(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, backend, chunks) -> y, or None where the call is not plain. `chunks`, by device
+// type: steps between the states that a backward needs.
+PyObject* plain_map(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 8, "plain_map takes 8 arguments, got ", count, ".");
+  PlainMap map;
+  const bool plain = !watched() && unwrap(arguments[0], map.x) && unwrap(arguments[1], map.x_dbl) &&
+                     unwrap(arguments[2], map.dt_weight) && unwrap(arguments[3], map.dt_bias) && unwrap(arguments[4], map.A_logs) &&
+                     unwrap(arguments[5], map.Ds) && native(map.x, arguments[6]) && map.fits();
+  if (!plain) Py_RETURN_NONE;
+  const int64_t chunk = map.recorded ? PyLong_AsLongLong(PyDict_GetItemString(arguments[7], map.x.is_cpu() ? "cpu" : "cuda")) : 0;
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release unlocked;
+    y = map.run(chunk);
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef methods[] = {
+    {"plain_map", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_map)), METH_FASTCALL, "See csrc/plain_scan.cpp."},
     {"plain_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_scan)), METH_FASTCALL, "See csrc/plain_scan.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The operators of dass_ops.", -1, methods};

@@ -37,6 +37,7 @@ NATIVE_CHUNKS = {str(b): (CHUNK[b], STATES_CHUNK[b]) for b, suffix in SUFFIX.ite
 # The same for maps. The CUDA kernels find the states inside a map anew: one chunk, entered by zeros.
 WHOLE_MAP = 1 << 40
 MAP_CHUNK = {**CHUNK, Backend.CUDA: WHOLE_MAP, Backend.EMULATED: WHOLE_MAP}
+NATIVE_MAP_CHUNKS = {str(b): MAP_CHUNK[b] for b, suffix in SUFFIX.items() if not suffix}
 
 BUILD = "pip install -e . (or pip install --no-build-isolation .)"
 

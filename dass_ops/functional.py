@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import loading, reference
-from .backends import CHUNK, MAP_CHUNK, NATIVE_CHUNKS, STATES_CHUNK, SUFFIX, Backend, resolve
+from .backends import CHUNK, MAP_CHUNK, NATIVE_CHUNKS, NATIVE_MAP_CHUNKS, STATES_CHUNK, SUFFIX, Backend, resolve
 from .registration import operator, project, state_dtype
 
-# (out, last_state) in one step, by csrc/plain_scan.cpp; None where selective_scan has to look closer.
-_plain_scan = loading.plain_scan() or (lambda *arguments: None)
+# (out, last_state), or y of ss2d, in one step, by csrc/plain_scan.cpp; None where the functions below have to look closer.
+_plain_scan, _plain_map = loading.plain("plain_scan"), loading.plain("plain_map")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -217,6 +217,10 @@ def ss2d(
     Raises:
         ValueError: a shape, dtype or device that does not fit; RuntimeError: a backend that cannot run here.
     """
+    if out_dtype is None and not torch.compiler.is_compiling():
+        plain = _plain_map(x, x_dbl, dt_weight, dt_bias, A_logs, Ds, backend, NATIVE_MAP_CHUNKS)
+        if plain is not None:
+            return plain
     rank, state, parameters = _ss2d_parameters(x, dt_weight, dt_bias, A_logs, Ds)
     batch, _, height, width = x.shape
     _expect_shape(

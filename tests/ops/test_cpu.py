@@ -79,10 +79,15 @@ SCANS = [
     ScanCase(batch=2, channels=19, length=333, state=16, z=True, initial_state=True, last_state=True),
     ScanCase(batch=1, channels=34, length=257, state=5, B=2, C=1, reverse=(False, True), softplus=False),
 ]
+# The last octet of steps whole or not, one chunk or several, heights above and below a vector, ranks above and below the number
+# that share a product.
 MAPS = [
     MapCase(batch=1, channels=21, height=19, width=33, rank=6),
     MapCase(batch=2, channels=16, height=8, width=40, rank=9),
     MapCase(batch=1, channels=3, height=7, width=23, rank=2, state=3),
+    MapCase(batch=1, channels=17, height=2, width=3, rank=1),
+    MapCase(batch=1, channels=16, height=32, width=9, rank=15),
+    MapCase(batch=3, channels=33, height=3, width=86, rank=21),
 ]
 
 
@@ -204,6 +209,35 @@ def test_maps_do_not_depend_on_threads(case, backend):
     """Few blocks of channels: each direction is a task of its own as soon as there are threads for it."""
     inputs = map_inputs(case, torch.float32)
     same([with_threads(n, lambda: run_map(ss2d, inputs, backend)) for n in (1, 2, 6, 6)])
+
+
+@pytest.mark.parametrize("state", [1, 2])
+def test_step_sizes_far_from_zero(state, backend):
+    """Softplus is computed otherwise for |v| beyond 15.25, an octet of steps at a time; here near and far ones take turns."""
+    case = MapCase(batch=1, channels=18, height=6, width=43, rank=3, state=state)
+    inputs = map_inputs(case, torch.float32)
+    inputs["x_dbl"] = inputs["x_dbl"].clone()
+    inputs["x_dbl"][:, :, 0, ::2, 5:25] *= 12
+    inputs["dt_bias"][:, ::5] -= 15
+    wide = run_map(ss2d, {k: t.double() for k, t in inputs.items()}, "reference")
+    compare(run_map(ss2d, inputs, backend), wide, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [512, 511])
+def test_large_maps_past_the_caches(dtype, width, backend):
+    """Outputs of more than 2^18 elements are stored past the caches where their rows are aligned: the same bits."""
+    inputs = map_inputs(MapCase(batch=2, channels=32, height=9, width=width), dtype)
+    cotangent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def run(of):
+        x = inputs["x"][of].clone().requires_grad_()
+        y = ss2d(**(inputs | {"x": x, "x_dbl": inputs["x_dbl"][of].clone()}), backend=backend)
+        return y.detach(), torch.autograd.grad(y, x, cotangent[of])[0]
+
+    for b in range(2):
+        for alone, together in zip(run(slice(b, b + 1)), run(slice(0, 2)), strict=True):
+            assert torch.equal(alone[0], together[b])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -1,12 +1,12 @@
-"""selective_scan in one step (csrc/plain_scan.cpp) and step by step (functional.py): which call goes where, the same bits."""
+"""selective_scan and ss2d in one step (csrc/plain_scan.cpp) or in many (functional.py): which call goes where, same bits."""
 
 import pytest
 import torch
 
-from dass_ops import functional, selective_scan
+from dass_ops import functional, selective_scan, ss2d
 from dass_ops.backends import Backend
 
-from .cases import ScanCase, run_scan, scan_inputs
+from .cases import MapCase, ScanCase, map_inputs, run_map, run_scan, scan_inputs
 from .conftest import require
 
 
@@ -119,3 +119,44 @@ def _plain(reverse=False, backend=None, delta_softplus=True, **changed):
     names = "u delta A B C D z delta_bias initial_state".split()
     tensors = [inputs.get(name) for name in names]
     return functional._plain_scan(*tensors, delta_softplus, reverse, backend, functional.NATIVE_CHUNKS)
+
+
+# -- ss2d --------------------------------------------------------------------------------------------------------------
+
+
+MAPS = [
+    MapCase(),
+    MapCase(state=2, rank=3),
+    MapCase(layout="channels_last"),
+    MapCase(layout="expanded"),
+    MapCase(batch=0),
+]
+
+
+@pytest.mark.parametrize("case", MAPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_plain_map_in_one_step_gives_the_same_bits(case, dtype, monkeypatch):
+    inputs = map_inputs(case, dtype)
+    assert _plain_map(inputs) is not None
+    at_once = run_map(ss2d, inputs, "cpu")
+    monkeypatch.setattr(functional, "_plain_map", lambda *arguments: None)
+    step_by_step = run_map(ss2d, inputs, "cpu")
+    for name, t in at_once.items():
+        assert t.dtype == step_by_step[name].dtype and torch.equal(t, step_by_step[name]), name
+
+
+@pytest.mark.parametrize("change", [
+    {"x": None}, {"x": torch.zeros(2, 4, 5)}, {"x_dbl": torch.zeros(2, 4, 4, 5, 6)}, {"dt_weight": torch.zeros(4, 3, 2)},
+    {"dt_bias": torch.zeros(4, 4, dtype=torch.float64)}, {"A_logs": torch.zeros(16)}, {"Ds": "Ds"},
+], ids=lambda change: f"{next(iter(change))}={next(iter(change.values()))}"[:24])  # fmt: skip
+def test_what_does_not_fit_is_no_plain_map(change, monkeypatch):
+    monkeypatch.delenv("DASS_OPS_BACKEND", raising=False)
+    inputs = map_inputs(MapCase(), torch.float32)
+    assert _plain_map(inputs) is not None
+    assert _plain_map(inputs, backend="reference") is None
+    assert _plain_map(inputs | change) is None
+
+
+def _plain_map(inputs, backend="cpu"):
+    names = "x x_dbl dt_weight dt_bias A_logs Ds".split()
+    return functional._plain_map(*(inputs[name] for name in names), backend, functional.NATIVE_MAP_CHUNKS)
