@@ -28,7 +28,7 @@ inline void parallel(int64_t count, Task task) {
 }  // namespace
 
 // Memory for the length of an operator: aligned to 64 bytes, uninitialised, on huge pages where it is large. Up to 64 MB of it are
-// kept for the next operator.
+// kept for the next operator. Of no bytes: null.
 class Buffer {
  public:
   explicit Buffer(size_t bytes);

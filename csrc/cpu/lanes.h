@@ -146,6 +146,8 @@ inline void map_to_lanes(Dtype type, const void* map, int64_t channel, int64_t p
     if (type == Dtype::float32) {
       const float* from = static_cast<const float*>(at);
       emit(p, channels == W ? load(from) : load_part(from, static_cast<int>(channels)));
+    } else if (type == Dtype::bfloat16 && channels == W) {
+      emit(p, load_bfloat16(static_cast<const uint16_t*>(at)));
     } else {
       load_row(type, at, lane, channels, W);
       emit(p, load(lane));
@@ -160,6 +162,8 @@ inline void lanes_to_map(Dtype type, void* map, int64_t channel, int64_t positio
     if (type == Dtype::float32 && channels == W) {
       float* to = static_cast<float*>(map) + p * position;
       streamed ? stream(to, fetch(p)) : store(to, fetch(p));
+    } else if (type == Dtype::bfloat16 && channels == W) {
+      store_bfloat16(static_cast<uint16_t*>(map) + p * position, fetch(p));
     } else {
       float lane[W];
       store(lane, fetch(p));
@@ -175,12 +179,14 @@ inline bool is_streamed(Dtype type, const void* map, int64_t channels, int64_t p
 
 // Column `row` of W rows of parameters, 0 for absent channels: one number for each lane.
 inline V lane_parameter(const float* data, int64_t stride, int64_t channels) {
+  if (stride == 1) return load_part(data, static_cast<int>(channels));
   float lane[W] = {};
   for (int64_t c = 0; c < channels; ++c) lane[c] = data[c * stride];
   return load(lane);
 }
 
 inline void scatter_lanes(V x, float* to, int64_t stride, int64_t channels) {
+  if (stride == 1) return store_part(to, x, static_cast<int>(channels));
   float lane[W];
   store(lane, x);
   for (int64_t c = 0; c < channels; ++c) to[c * stride] = lane[c];

@@ -138,8 +138,10 @@ void wait_for(const int32_t* flag) {
     if (tries > 1000) std::this_thread::yield();  // more threads than processors, perhaps
 }
 
-Buffer::Buffer(size_t bytes) : data_(pool().take(bytes, bytes_)) {}
-Buffer::~Buffer() { pool().give(data_, bytes_); }
+Buffer::Buffer(size_t bytes) : data_(bytes == 0 ? nullptr : pool().take(bytes, bytes_)) {}
+Buffer::~Buffer() {
+  if (data_ != nullptr) pool().give(data_, bytes_);
+}
 
 void* thread_scratch(size_t bytes) { return scratch.at_least(bytes); }
 

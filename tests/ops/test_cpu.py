@@ -79,8 +79,8 @@ SCANS = [
     ScanCase(batch=2, channels=19, length=333, state=16, z=True, initial_state=True, last_state=True),
     ScanCase(batch=1, channels=34, length=257, state=5, B=2, C=1, reverse=(False, True), softplus=False),
 ]
-# The last octet of steps whole or not, one chunk or several, heights above and below a vector, ranks above and below the number
-# that share a product.
+# The last octet of steps whole or not, one chunk or several, heights above and below a vector, ranks above and below what is
+# multiplied together.
 MAPS = [
     MapCase(batch=1, channels=21, height=19, width=33, rank=6),
     MapCase(batch=2, channels=16, height=8, width=40, rank=9),
