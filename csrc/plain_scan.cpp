@@ -1,6 +1,6 @@
-// selective_scan, and ss2d, as most calls are: dtypes that need no conversion, B and C that vary along the sequence, shapes that fit, tensors
-// without wrappers or modes around them. It does in one step what dass_ops/functional.py does in many, each of which costs a short
-// sequence more than its scan when Python is not in the caches; so it is a function of Python's own kind and no operator. Anything
+// selective_scan and ss2d as most calls are: dtypes that need no conversion, B and C that vary along the sequence, shapes that fit,
+// tensors without wrappers or modes around them. In one step is done what dass_ops/functional.py does in many, each of which costs a
+// short sequence more than its scan when Python is not in the caches; so it is a function of Python's own kind and no operator. Anything
 // else is left to that file, which also knows what to say about it.
 
 #include <torch/csrc/Exceptions.h>
