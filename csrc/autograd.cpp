@@ -117,10 +117,61 @@ std::tuple<Tensor, Tensor> ss2d(const Tensor& x, const Tensor& x_dbl, const Tens
   return {outputs[0], outputs[1]};
 }
 
+// What a backward returns has no derivative: recorded as an error for whoever asks for one, instead of as a constant.
+struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
+  struct Gradients {
+    variable_list tensors;
+  };
+  static variable_list forward(AutogradContext*, at::TensorList, const Gradients& gradients) { return gradients.tensors; }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "The gradients of dass_ops cannot be differentiated again (create_graph=True and a second backward): the "
+                       "kernels know no second derivatives. Short sequences: backend='reference'.");
+  }
+};
+
+template <typename Gradients>
+Gradients not_differentiable(Gradients gradients, std::initializer_list<Tensor> inputs) {
+  if (!needs_gradient(inputs)) return gradients;
+  variable_list given;
+  std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(given), [](const Tensor& t) { return t.defined(); });
+  const variable_list list = NoSecondDerivative::apply(
+      at::TensorList(given), NoSecondDerivative::Gradients{std::apply(
+                                 [](const auto&... each) { return variable_list{each...}; }, gradients)});
+  size_t i = 0;
+  std::apply([&](auto&... each) { ((each = list[i++]), ...); }, gradients);
+  return gradients;
+}
+
+template <typename Family>
+auto scan_backward(const Tensor& d_out, const OptionalTensor& d_last_state, const Tensor& u, const Tensor& delta, const Tensor& A,
+                   const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                   const OptionalTensor& delta_bias, const OptionalTensor& initial_state, const Tensor& boundary_states,
+                   bool delta_softplus, const c10::List<bool>& reverse, int64_t chunk) {
+  const auto gradients = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return operators<Family>().scan_backward.call(d_out, d_last_state, u, delta, A, B, C, D, z, delta_bias, initial_state,
+                                                  boundary_states, delta_softplus, reverse, chunk);
+  };
+  return not_differentiable(gradients(), {d_out, given(d_last_state), u, delta, A, B, C, given(D), given(z), given(delta_bias),
+                                          given(initial_state)});
+}
+
+template <typename Family>
+auto ss2d_backward(const Tensor& d_y, const Tensor& x, const Tensor& x_dbl, const Tensor& dt_weight, const Tensor& dt_bias,
+                   const Tensor& A_logs, const Tensor& Ds, const Tensor& boundary_states, int64_t chunk) {
+  const auto gradients = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return operators<Family>().ss2d_backward.call(d_y, x, x_dbl, dt_weight, dt_bias, A_logs, Ds, boundary_states, chunk);
+  };
+  return not_differentiable(gradients(), {d_y, x, x_dbl, dt_weight, dt_bias, A_logs, Ds});
+}
+
 template <typename Family>
 void implement(torch::Library& m) {
   m.impl((std::string("scan_forward") + Family::suffix).c_str(), scan<Family>);
   m.impl((std::string("ss2d_forward") + Family::suffix).c_str(), ss2d<Family>);
+  m.impl((std::string("scan_backward") + Family::suffix).c_str(), scan_backward<Family>);
+  m.impl((std::string("ss2d_backward") + Family::suffix).c_str(), ss2d_backward<Family>);
 }
 
 }  // namespace

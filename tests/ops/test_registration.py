@@ -152,3 +152,13 @@ def test_unused_results_and_inputs():
     (from_both,) = torch.autograd.grad(out.sum() + last.sum(), inputs["u"])
     torch.testing.assert_close(from_last + from_out, from_both)
     assert from_last.abs().max() > 0
+
+
+@pytest.mark.parametrize("call", [selective_scan, ss2d], ids=lambda f: f.__name__)
+def test_a_second_derivative_is_an_error(call, backend):
+    inputs = map_inputs(MapCase(), torch.float32) if call is ss2d else scan_inputs(ScanCase(length=5), torch.float32)
+    inputs = leaves(inputs, backend)
+    first = next(iter(inputs.values()))
+    (gradient,) = torch.autograd.grad(call(**inputs, backend=backend).square().sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again.*backend='reference'"):
+        torch.autograd.grad(gradient.sum(), first)
