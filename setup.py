@@ -97,7 +97,7 @@ def extensions():
     modules = [
         CppExtension(
             "dass_ops._C",
-            ["csrc/schema.cpp", "csrc/autograd.cpp", "csrc/plain_scan.cpp", *sources("csrc/cpu")],
+            ["csrc/schema.cpp", "csrc/autograd.cpp", "csrc/plain_calls.cpp", *sources("csrc/cpu")],
             include_dirs=[*include],
             extra_compile_args={"cxx": cpu},
             extra_link_args=link,

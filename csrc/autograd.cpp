@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "operators.h"
+#include "dispatch.h"
 
 namespace dass {
 namespace {

@@ -16,7 +16,7 @@ from . import loading, reference
 from .backends import CHUNK, MAP_CHUNK, NATIVE_CHUNKS, NATIVE_MAP_CHUNKS, STATES_CHUNK, SUFFIX, Backend, resolve
 from .registration import operator, project, state_dtype
 
-# (out, last_state), or y of ss2d, in one step, by csrc/plain_scan.cpp; None where the functions below have to look closer.
+# (out, last_state), or y of ss2d, in one step, by csrc/plain_calls.cpp; None where the functions below have to look closer.
 _plain_scan, _plain_map = loading.plain("plain_scan"), loading.plain("plain_map")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

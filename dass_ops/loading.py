@@ -56,5 +56,5 @@ def load(module: str) -> None:
 
 
 def plain(name: str):
-    """A function of csrc/plain_scan.cpp; where the extension cannot be loaded, one that has no answer."""
+    """A function of csrc/plain_calls.cpp; where the extension cannot be loaded, one that has no answer."""
     return (lambda *arguments: None) if problem("_C") else getattr(importlib.import_module("dass_ops._C"), name)

@@ -15,7 +15,7 @@
 #include <cstring>
 
 #include "check_arguments.h"
-#include "operators.h"
+#include "dispatch.h"
 
 namespace dass {
 namespace {
@@ -292,8 +292,8 @@ PyObject* plain_map(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 
 PyMethodDef methods[] = {
-    {"plain_map", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_map)), METH_FASTCALL, "See csrc/plain_scan.cpp."},
-    {"plain_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_scan)), METH_FASTCALL, "See csrc/plain_scan.cpp."},
+    {"plain_map", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_map)), METH_FASTCALL, "See csrc/plain_calls.cpp."},
+    {"plain_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_scan)), METH_FASTCALL, "See csrc/plain_calls.cpp."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The operators of dass_ops.", -1, methods};
 

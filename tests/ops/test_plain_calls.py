@@ -1,4 +1,4 @@
-"""selective_scan and ss2d in one step (csrc/plain_scan.cpp) or in many (functional.py): which call goes where, same bits."""
+"""selective_scan and ss2d in one step (csrc/plain_calls.cpp) or in many (functional.py): which call goes where, same bits."""
 
 import pytest
 import torch
