@@ -58,6 +58,7 @@ void elementary(int function, const float* x, float* y, int64_t n) {
       case 3: result = slope_of_softplus(softplus(v)); break;
       case 4: store_bfloat16(bits, v), result = load_bfloat16(bits); break;
       case 5: store_float16(bits, v), result = load_float16(bits); break;
+      case 6: result = Exp2()(v * all(log2_e)); break;
     }
     store_part(y + i, result, lanes);
   }

@@ -47,15 +47,17 @@ def check_elementary() -> None:
     wide = x.double()
     # exp as a decay factor: the error of the product in its argument counts in proportion to it.
     decays = x.abs() < 1e30
-    assert largest_error(elementary(x, "exp")[decays], wide.exp()[decays], 1 + wide[decays].abs()) < 2.5e-7
+    for name in ("exp", "decay"):
+        assert largest_error(elementary(x, name)[decays], wide.exp()[decays], 1 + wide[decays].abs()) < 2.5e-7
     assert largest_error(elementary(x, "softplus"), torch.nn.functional.softplus(wide, threshold=800)) < 3e-7
     assert largest_error(elementary(x, "sigmoid"), wide.sigmoid()) < 4e-7
     assert largest_error(elementary(x, "slope"), wide.sigmoid()) < 5e-7
-    assert elementary(torch.zeros(1), "exp").item() == 1.0
     near_one = torch.linspace(-1e-3, 0, 10_001)  # where an error is multiplied by 1 / (1 - a)
-    assert largest_error(elementary(near_one, "exp"), near_one.double().exp()) < 7e-8
+    for name in ("exp", "decay"):
+        assert elementary(torch.zeros(1), name).item() == 1.0
+        assert largest_error(elementary(near_one, name), near_one.double().exp()) < 7e-8
     ends = torch.tensor([-torch.inf, torch.inf])
-    assert elementary(ends, "exp").tolist() == [0.0, torch.inf]
+    assert elementary(ends, "exp").tolist() == elementary(ends, "decay").tolist() == [0.0, torch.inf]
     assert elementary(ends, "softplus").tolist() == [0.0, torch.inf]
     assert elementary(ends, "sigmoid").tolist() == elementary(ends, "slope").tolist() == [0.0, 1.0]
     x = all_magnitudes()
@@ -63,7 +65,7 @@ def check_elementary() -> None:
         rounded = x.to(getattr(torch, name)).float()
         torch.testing.assert_close(elementary(x, name), rounded, rtol=0, atol=0, equal_nan=True)
     nan = torch.full((3,), torch.nan)
-    for name in ("exp", "softplus", "sigmoid", "slope"):
+    for name in ("exp", "decay", "softplus", "sigmoid", "slope"):
         assert elementary(nan, name).isnan().all(), name
 
 
@@ -78,6 +80,7 @@ SCANS = [
     ScanCase(batch=1, channels=3, length=300, state=3, B="constant", C="constant", reverse=True),
     ScanCase(batch=2, channels=19, length=333, state=16, z=True, initial_state=True, last_state=True),
     ScanCase(batch=1, channels=34, length=257, state=5, B=2, C=1, reverse=(False, True), softplus=False),
+    ScanCase(batch=1, channels=32, length=192, state=8, reverse=(True, False), last_state=True),
 ]
 # The last octet of steps whole or not, one chunk or several, heights above and below a vector, ranks above and below what is
 # multiplied together.
@@ -202,6 +205,29 @@ def test_summed_directions_in_lanes(dtype, backend):
 
     case = ScanCase(batch=1, channels=21, length=150, state=5, initial_state=True, last_state=True)
     check_scan(case, dtype, backend, function=bidirectional_scan, inputs=inputs_of(case, dtype))
+
+
+@pytest.mark.parametrize("length", [128, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_step_sizes_in_lanes(dtype, length, backend):
+    """Some of them beyond the range of the tables that most come from: the tile is then computed again."""
+    case = ScanCase(batch=1, channels=19, length=length, state=5, last_state=True)
+    inputs = scan_inputs(case, dtype)
+    inputs["delta"][:, ::3, 70::9] = 21.0
+    check_scan(case, dtype, backend, inputs=inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_large_outputs_in_lanes(reverse, backend):
+    """They go past the caches: the same bits as when they do not."""
+    inputs = scan_inputs(ScanCase(batch=1, channels=272, length=1024, state=4), torch.float32)
+    options = {"delta_softplus": True, "reverse": reverse, "backend": backend}
+    with torch.no_grad():
+        whole = selective_scan(**inputs, **options)
+        for first in (0, 256):
+            part = {k: t[:, first : first + 16] if k in ("u", "delta") else t for k, t in inputs.items() if t is not None}
+            part |= {k: inputs[k][first : first + 16] for k in ("A", "D", "delta_bias")}
+            assert torch.equal(whole[:, first : first + 16], selective_scan(**part, **options))
 
 
 @pytest.mark.parametrize("case", [*MAPS, MapCase(batch=1, channels=70, height=16, width=24)], ids=str)

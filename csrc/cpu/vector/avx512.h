@@ -28,6 +28,7 @@ inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V negative_magnitude(V x) { return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN))); }
 inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V remainder(V x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V remainder_of_16ths(V x) { return _mm512_reduce_ps(x, 4 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V times_power_of_two(V p, V n) { return _mm512_scalef_ps(p, n); }
 inline V reciprocal(V x) {
   const V r = _mm512_rcp14_ps(x);

@@ -15,6 +15,19 @@ inline const void* element(Dtype type, const void* data, int64_t i) {
 }
 inline void* element(Dtype type, void* data, int64_t i) { return static_cast<char*>(data) + i * size_of(type); }
 
+// W numbers from the i-th on.
+template <Dtype type>
+inline V load_as(const void* from, int64_t i) {
+  if constexpr (type == Dtype::float32) return load(static_cast<const float*>(from) + i);
+  const uint16_t* p = static_cast<const uint16_t*>(from) + i;
+  return type == Dtype::bfloat16 ? load_bfloat16(p) : load_float16(p);
+}
+template <Dtype type>
+inline void store_as(void* to, int64_t i, V x) {
+  if constexpr (type == Dtype::float32) return store(static_cast<float*>(to) + i, x);
+  uint16_t* p = static_cast<uint16_t*>(to) + i;
+  type == Dtype::bfloat16 ? store_bfloat16(p, x) : store_float16(p, x);
+}
 // n numbers as floats, then zeros up to `padded` (a multiple of W).
 inline void load_row(Dtype type, const void* from, float* to, int64_t n, int64_t padded) {
   int64_t i = 0;
