@@ -171,10 +171,9 @@ inline void lanes_to_map(Dtype type, void* map, int64_t channel, int64_t positio
     }
   }
 }
-// Whether a map of so many elements is stored past the caches: it is large, and its vectors are aligned.
-inline bool is_streamed(Dtype type, const void* map, int64_t channels, int64_t position, int64_t length, int64_t elements) {
-  return type == Dtype::float32 && elements >= streaming_elements && reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
-         (position == 1 ? length : channels) % 16 == 0;
+// Whether a map can be stored past the caches: its vectors are aligned.
+inline bool can_be_streamed(Dtype type, const void* map, int64_t channels, int64_t position, int64_t length) {
+  return type == Dtype::float32 && reinterpret_cast<uintptr_t>(map) % 64 == 0 && (position == 1 ? length : channels) % 16 == 0;
 }
 
 // Column `row` of W rows of parameters, 0 for absent channels: one number for each lane.

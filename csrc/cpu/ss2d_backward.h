@@ -192,7 +192,7 @@ bool ss2d_backward_lanes(const Ss2dBackward& f) {
   pack_and_order(plan.packed, f.x_dbl, plan.order);
   const uint32_t* place = plan.order.of(0);
   const int64_t position = sizes.channels_last ? D : 1, channel = sizes.channels_last ? 1 : L;
-  const bool streamed = is_streamed(sizes.io, f.d_x, D, position, L, sizes.batch * D * L);
+  const bool streamed = sizes.batch * D * L >= streaming_elements && can_be_streamed(sizes.io, f.d_x, D, position, L);
   // As in the forward: with few slabs each direction is a task of its own, and d_x the same to the bit.
   const bool split = sizes.batch * plan.slabs < thread_count();
   const Buffer apart(split ? 4 * sizes.batch * blocks * 4 * map : 0);

@@ -177,7 +177,7 @@ bool ss2d_forward_lanes(const Ss2dForward& f) {
   const uint32_t* place = order.of(0);
   const int64_t position = sizes.channels_last ? D : 1, channel = sizes.channels_last ? 1 : L, threads = thread_count();
   const auto y_rows = [&](int64_t b, int64_t d) { return element(sizes.out, f.y, b * D * L + d * channel); };
-  const bool streamed = is_streamed(sizes.out, f.y, D, position, L, sizes.batch * D * L);
+  const bool streamed = sizes.batch * D * L >= 1 << 14 && can_be_streamed(sizes.out, f.y, D, position, L);
   const bool small = L * W <= 1 << 15;  // so small that with the lane tiles all of this finds room in the second-level cache
   const auto skips = [&](int64_t d, int64_t channels) {
     const float* Ds = static_cast<const float*>(f.Ds) + d;

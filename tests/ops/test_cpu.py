@@ -252,7 +252,7 @@ def test_step_sizes_far_from_zero(state, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [512, 511])
 def test_large_maps_past_the_caches(dtype, width, backend):
-    """Outputs of more than 2^18 elements are stored past the caches where their rows are aligned: the same bits."""
+    """y of more than 2^14 elements and d_x of 2^18 are stored past the caches where their rows are aligned: the same bits."""
     inputs = map_inputs(MapCase(batch=2, channels=32, height=9, width=width), dtype)
     cotangent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
