@@ -61,7 +61,7 @@ struct Kernels {
   void (*elementary)(int function, const float* x, float* y, int64_t n);  // for tests; see elementary_functions
 };
 
-constexpr const char* elementary_functions[] = {"exp", "softplus", "sigmoid", "slope", "bfloat16", "float16", "decay"};
+constexpr const char* elementary_functions[] = {"exp", "softplus", "sigmoid", "slope", "bfloat16", "float16", "decay", "near_slope"};
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)

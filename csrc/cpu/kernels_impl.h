@@ -4,6 +4,7 @@
 
 #include "cpu/vector/elementary.h"
 #include "cpu/vector/block_scan.h"
+#include "cpu/vector/softplus_slope.h"
 #include "cpu/vector/rows.h"
 #include "cpu/vector/turned_rows.h"
 #include "cpu/pieces.h"
@@ -11,6 +12,7 @@
 #include "cpu/scan_rows_forward.h"
 #include "cpu/scan_sums.h"
 #include "cpu/scan_rows_tile.h"
+#include "cpu/scan_rows_gradients.h"
 #include "cpu/scan_rows_backward.h"
 #include "cpu/lanes.h"
 #include "cpu/ss2d_common.h"
@@ -59,6 +61,13 @@ void elementary(int function, const float* x, float* y, int64_t n) {
       case 4: store_bfloat16(bits, v), result = load_bfloat16(bits); break;
       case 5: store_float16(bits, v), result = load_float16(bits); break;
       case 6: result = Exp2()(v * all(log2_e)); break;
+      case 7: {
+        Block steps{{v, v, v, v}}, slopes;
+        SoftplusAndSlope near;
+        near(steps, slopes);
+        result = near.was_far() ? slope_of_softplus(softplus(v)) : slopes.v[3];
+        break;
+      }
     }
     store_part(y + i, result, lanes);
   }

@@ -1,4 +1,4 @@
-// The selective scan along rows, backward: scan_rows_tile.h has what is done to a tile.
+// The selective scan along rows, backward: scan_rows_tile.h and scan_rows_gradients.h have what is done to a tile.
 //
 // A task goes through the tiles of a row against the direction of the scan, and in each through its channels: B, C and their
 // gradients stay in the first-level cache for all of them. The states of a tile are recomputed from the one saved at its entry.
@@ -12,29 +12,6 @@
 namespace dass::cpu {
 namespace {
 
-// What a task keeps beside a tile's scratch, in vectors: for each channel mu and d_A of each state, d_D, d_bias, and the sums for
-// constant B and C; for each state a tile of B, C and their gradients.
-struct RowBackwardMemory {
-  int64_t of_channel, channels, N;
-  float* at;
-
-  static int64_t vectors_of_channel(int64_t N) { return 2 * N + 2 + 8 * N; }
-  static int64_t floats(int64_t channels, int64_t N) { return channels * vectors_of_channel(N) * W + 4 * N * row_tile; }
-
-  float* mu(int64_t c) const { return at + c * of_channel; }
-  float* d_A(int64_t c) const { return mu(c) + N * W; }
-  float* d_D(int64_t c) const { return d_A(c) + N * W; }
-  float* d_bias(int64_t c) const { return d_D(c) + W; }
-  float* constant(int64_t c, bool is_C) const { return d_bias(c) + W + (is_C ? N * block : 0); }
-  float* tile(int64_t which, int64_t state) const { return at + channels * of_channel + (which * N + state) * row_tile; }
-};
-
-inline float sum_of_row(const float* row, int64_t n) {
-  V sum = load(row);
-  for (int64_t i = W; i < n; i += W) sum = sum + load(row + i);
-  return sum_of_lanes(sum);
-}
-
 // What a task works on: one channel or a few in one direction, for one piece of their rows (counted along the walk, which goes
 // against the scan).
 struct RowBackwardPiece {
@@ -45,11 +22,6 @@ struct RowBackwardPiece {
   int64_t bk() const { return b * plan.sizes.directions + k; }
   int64_t first() const { return unit * plan.per_unit + split * plan.per_split; }
   int64_t channels() const { return smaller_of(first() + plan.per_split, (unit + 1) * plan.per_unit) - first(); }
-  int64_t next_rows(int64_t c) const { return c + 1 < channels() ? 1 : -c; }
-  template <bool reversed>
-  int64_t next_steps(int64_t c) const {
-    return c + 1 < channels() ? 0 : reversed ? row_tile : -row_tile;
-  }
   // visit(begin, n) for its tiles, in the order of the walk.
   template <bool reversed, typename Visit>
   void tiles(Visit visit) const {
@@ -62,48 +34,41 @@ struct RowBackwardPiece {
 };
 
 // B or C of a state from position `begin` on; not of constants.
-inline TurnedRow row_of_projection(const RowBackwardPiece& p, const Projection& of, int64_t state, int64_t begin, int64_t n,
-                                   int64_t padded, RowBackwardScratch& s) {
+inline TurnedRow row_of_projection(const RowBackwardPiece& p, const Projection& of, int64_t state, int64_t begin, int64_t n) {
   const ScanSizes& sizes = p.plan.sizes;
   const int64_t group = p.first() / (sizes.channels / of.groups);
-  const void* rows = element(sizes.io, of.data, p.b * of.batch + p.k * of.direction + group * of.group);
-  return {sizes.io, element(sizes.io, rows, state * of.state), begin, n, padded, s.spare};
+  return {sizes.io, element(sizes.io, of.data, p.b * of.batch + p.k * of.direction + group * of.group + state * of.state), begin, n};
 }
 
 // The effects of a piece on mu, for each channel and state, with the operations of backward_tile, so that the carries come out
 // the same.
 template <bool reversed>
-int64_t effects_of_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const PieceEffects& effects) {
+int64_t effects_of_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowBackwardMemory& memory,
+                         const PieceEffects& effects) {
   const RowBackwardPlan& plan = p.plan;
   const ScanBackward& f = plan.f;
-  const ScanSizes& sizes = plan.sizes;
-  const int64_t N = sizes.state;
+  const int64_t N = f.sizes.state;
   int64_t found = 0;
   p.tiles<reversed>([&](int64_t begin, int64_t n) {
     const int64_t padded = round_up(n, block);
     for (int64_t c = 0; c < p.channels(); ++c) {
-      const RowBackwardTile t{plan,    s,       p.b,     p.k,     p.first() + c, begin, n,    padded, nullptr,
-                              nullptr, nullptr, nullptr, nullptr, nullptr,       nullptr, nullptr, false,  false,
-                              p.next_rows(c), p.next_steps<reversed>(c)};
-      load_steps(t, t.parameter(f.delta_bias));
-      load_runs(t, sizes.out, f.d_out, s.g);
+      const RowBackwardTile t{plan, s, memory, p.b, p.k, p.first(), p.channels(), c, 1, begin, n, padded, 0, nullptr, nullptr,
+                              false, false, reversed ? row_tile : -row_tile};
+      load_steps(t, 0);
+      load_tile(t, f.sizes.out, f.d_out, s.g);
       if (f.z.data != nullptr) {
-        const TurnedRow z(sizes.io, t.row(sizes.io, f.z), begin, n, padded, s.spare);
-        for (int64_t i = 0; i < padded; i += block) {
-          const Block gates = z(i);
-          for (int j = 0; j < 4; ++j) {
-            const V x = gates.v[j];
-            store(s.g + i + j * W, load(s.g + i + j * W) * x * sigmoid_from(x, exp_of_negative_magnitude(x)));
-          }
+        load_tile(t, f.sizes.io, f.z, s.y);
+        for (int64_t i = 0; i < padded; i += W) {
+          const V x = load(s.y + i);
+          store(s.g + i, load(s.g + i) * x * sigmoid_from(x, exp_of_negative_magnitude(x)));
         }
       }
       for (int64_t state = 0; state < N; ++state) {
-        const int64_t sequence = (p.k * sizes.channels + p.first() + c) * N + state;
-        const V exponent = all(static_cast<const float*>(f.A)[sequence] * log2_e);
-        if (f.C.constant)
-          fill_row(s.y, static_cast<const float*>(f.C.data)[sequence], padded);
-        else {
-          const TurnedRow C = row_of_projection(p, f.C, state, begin, n, padded, s);
+        const V exponent = all(t.A(0, state) * log2_e);
+        if (f.C.constant) {
+          fill_row(s.y, t.of_channel(f.C.data, 0, state, N), padded);
+        } else {
+          const TurnedRow C = row_of_projection(p, f.C, state, begin, n);
           for (int64_t i = 0; i < padded; i += block) C(i).to(s.y + i);
         }
         for (int64_t i = 0; i < padded; i += block) {
@@ -129,65 +94,62 @@ void backward_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowB
   const RowBackwardPlan& plan = p.plan;
   const ScanBackward& f = plan.f;
   const ScanSizes& sizes = plan.sizes;
-  const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, bk = p.bk(), first = p.first(), channels = p.channels();
-  const float* boundary = static_cast<const float*>(f.boundary_states) + (bk * D + first) * sizes.chunks * N;
+  const int64_t D = sizes.channels, N = sizes.state, bk = p.bk(), first = p.first(), channels = p.channels();
   for (int64_t c = 0; c < channels; ++c) {
-    fill_row(memory.mu(c), 0.0f, memory.of_channel);
+    fill_row(memory.mu(c), 0.0f, memory.of_channel());
     for (int64_t n = 0; n < N; ++n) store(memory.mu(c) + n * W, all(mus[c * N + n]));
   }
   const Projection* const sources[] = {&f.B, &f.C};
   const Buffer* const slabs[] = {&plan.d_B, &plan.d_C};
   p.tiles<reversed>([&](int64_t begin, int64_t n) {
-    const int64_t padded = round_up(n, block), entry = reversed ? (begin + n - 1) / sizes.chunk : begin / sizes.chunk;
-    for (int which = 0; which < 2; ++which) {
-      if (sources[which]->constant) continue;
-      for (int64_t state = 0; state < N; ++state) {
-        float *to = memory.tile(which, state), *gradient = memory.tile(2 + which, state);
-        const TurnedRow row = row_of_projection(p, *sources[which], state, begin, n, padded, s);
-        for (int64_t i = 0; i < padded; i += block) {
-          row.fetch(i + (reversed ? row_tile : -row_tile));
-          row(i).to(to + i);
-        }
-        fill_row(gradient, 0.0f, padded);
-        projections[which * N + state] = {to, gradient, false};
-      }
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int which = 0; which < 2; ++which) {
-        if (!sources[which]->constant) continue;
-        const float* values = static_cast<const float*>(sources[which]->data) + (p.k * D + first + c) * N;
-        for (int64_t state = 0; state < N; ++state) {
-          float* to = memory.tile(which, state);
-          fill_row(to, values[state], block);
-          projections[which * N + state] = {to, memory.constant(c, which == 1) + state * block, true};
-        }
-      }
-      float* sum = !sizes.shared                       ? nullptr
-                   : sizes.io == Dtype::float32 ? static_cast<float*>(f.d_u) + (p.b * D + first + c) * L
-                                                : plan.d_u.floats() + (p.b * D + first + c) * L;
-      backward_tile<reversed>({plan, s, p.b, p.k, first + c, begin, n, padded, boundary + (c * sizes.chunks + entry) * N, projections,
-                               projections + N, memory.mu(c), memory.d_A(c), memory.d_D(c), memory.d_bias(c), sum, p.first_direction,
-                               p.last_direction, p.next_rows(c), p.next_steps<reversed>(c)});
-    }
-    for (int which = 0; which < 2; ++which)
-      if (!sources[which]->constant)
-        for (int64_t state = 0; state < N; ++state) {
-          float* slab = slabs[which]->floats() + (((bk * plan.units + p.unit) * plan.splits + p.split) * N + state) * plan.row + begin;
-          for (int64_t i = 0; i < padded; i += block) Block::at(memory.tile(2 + which, state) + i).turned().to(slab + i);
-        }
-  });
-  for (int64_t c = 0; c < channels; ++c) {
-    const int64_t sequence = ((p.b * plan.pieces + p.piece) * sizes.directions + p.k) * D + first + c;
-    for (int64_t state = 0; state < N; ++state) {
-      plan.d_A.floats()[sequence * N + state] = sum_of_lanes(load(memory.d_A(c) + state * W));
-      store_part(mus + c * N + state, load(memory.mu(c) + state * W), 1);
+    const int64_t padded = round_up(n, block), next_steps = reversed ? row_tile : -row_tile;
+    const auto each_tile = [&](auto visit) {  // of B and C
       for (int which = 0; which < 2; ++which)
-        if (sources[which]->constant)
-          slabs[which]->floats()[sequence * N + state] = sum_of_row(memory.constant(c, which == 1) + state * block, block);
+        for (int64_t state = 0; state < N; ++state) visit(which, state, memory.tile(which, state), memory.tile(2 + which, state));
+    };
+    each_tile([&](int which, int64_t state, float* to, float* gradient) {
+      projections[which * N + state] = {to, gradient};
+      if (sources[which]->constant) return;
+      const TurnedRow row = row_of_projection(p, *sources[which], state, begin, n);
+      for (int64_t i = 0; i < padded; i += block) {
+        row.fetch(i + next_steps);
+        row(i).to(to + i);
+      }
+      fill_row(gradient, 0.0f, padded);
+    });
+    for (int64_t c = 0; c < channels; c += plan.at_a_time) {
+      const int64_t count = smaller_of(plan.at_a_time, channels - c);
+      const int64_t entry = reversed ? (begin + n - 1) / sizes.chunk : begin / sizes.chunk;
+      const RowBackwardTile t{plan, s, memory, p.b, p.k, first, channels, c, count, begin, n, padded, entry, projections,
+                              projections + N, p.first_direction, p.last_direction, next_steps};
+      each_tile([&](int which, int64_t state, float* to, float* gradient) {
+        if (!sources[which]->constant) return;
+        fill_row(to, t.of_channel(sources[which]->data, 0, state, N), padded);
+        fill_row(gradient, 0.0f, padded);
+      });
+      backward_tile<reversed>(t);
+      each_tile([&](int which, int64_t state, float*, float* gradient) {
+        if (!sources[which]->constant) return;
+        float* const sum = memory.constant(c, which) + state * W;
+        for (int64_t i = 0; i < padded; i += W) store(sum, load(sum) + load(gradient + i));
+      });
     }
-    plan.d_D.floats()[sequence] = sum_of_lanes(load(memory.d_D(c)));
-    plan.d_bias.floats()[sequence] = sum_of_lanes(load(memory.d_bias(c)));
+    each_tile([&](int which, int64_t state, float*, float* gradient) {
+      if (sources[which]->constant) return;
+      float* slab = slabs[which]->floats() + (((bk * plan.units + p.unit) * plan.splits + p.split) * N + state) * plan.row + begin;
+      for (int64_t i = 0; i < padded; i += block) Block::at(gradient + i).turned().to(slab + i);
+    });
+  });
+  const int64_t sequence = ((p.b * plan.pieces + p.piece) * sizes.directions + p.k) * D + first, apart = memory.of_channel();
+  for (int64_t state = 0; state < N; ++state) {
+    sums_of_lanes(memory.d_A(0) + state * W, apart, channels, plan.d_A.floats() + sequence * N + state, N);
+    for (int which = 0; which < 2; ++which)
+      if (sources[which]->constant)
+        sums_of_lanes(memory.constant(0, which) + state * W, apart, channels, slabs[which]->floats() + sequence * N + state, N);
+    for (int64_t c = 0; c < channels; ++c) mus[c * N + state] = memory.mu(c)[state * W];
   }
+  sums_of_lanes(memory.d_D(0), apart, channels, plan.d_D.floats() + sequence, 1);
+  sums_of_lanes(memory.d_bias(0), apart, channels, plan.d_bias.floats() + sequence, 1);
 }
 
 // A task's scratch memory.
@@ -199,8 +161,7 @@ struct RowBackwardSpace {
 
   explicit RowBackwardSpace(const RowBackwardPlan& plan)
       : s(static_cast<RowBackwardScratch*>(thread_scratch(sizeof(RowBackwardScratch) + bytes(plan)))),
-        memory{RowBackwardMemory::vectors_of_channel(plan.sizes.state) * W, plan.per_split, plan.sizes.state,
-               reinterpret_cast<float*>(s + 1)},
+        memory{plan.per_split, plan.sizes.state, reinterpret_cast<float*>(s + 1)},
         projections(reinterpret_cast<TurnedProjection*>(memory.at + RowBackwardMemory::floats(plan.per_split, plan.sizes.state))),
         effects{reinterpret_cast<float*>(projections + 2 * plan.sizes.state)} {}
   static int64_t bytes(const RowBackwardPlan& plan) {
@@ -250,7 +211,7 @@ bool scan_backward_rows(const ScanBackward& f) {
       const RowBackwardSpace at(plan);
       const bool reversed = sizes.reversed(p.k);
       carry.pass([&](float* mu) { seed(p, mu); },
-                 [&] { return (reversed ? effects_of_piece<true> : effects_of_piece<false>)(p, *at.s, at.effects); },
+                 [&] { return (reversed ? effects_of_piece<true> : effects_of_piece<false>)(p, *at.s, at.memory, at.effects); },
                  [&](int64_t found, float* mu) { at.effects.apply(found, mu, p.channels() * N); },
                  [&](float* mu) { run(p, at, mu); },
                  // A direction that adds to the sums of the one before waits for those of the same positions.

@@ -1,17 +1,25 @@
-// One channel's tile in the backward along rows: the states anew, the adjoint, and from both the gradients. Which tiles a task goes
-// through is in scan_rows_backward.h; the equations are in dass_ops/SCAN.md, the layout of runs in block_scan.h.
+// A tile of a few channels in the backward along rows: its states anew and what is then known of the adjoint. The gradients that
+// follow from both are in scan_rows_gradients.h, the tiles that a task goes through in scan_rows_backward.h; the equations are in
+// dass_ops/SCAN.md, the layout of runs in block_scan.h.
 //
 // Everything between loading and storing is in runs ("turned"): five turns a block, where one for each scan's operands and results
-// would be six, and the shared ones are taken once for all channels.
+// would be six, and the shared ones are taken once for all channels. Channels that are worked on at the same time wait for the steps
+// of enter_blocks together.
 #pragma once
+
+#include <type_traits>
 
 namespace dass::cpu {
 namespace {
+
+constexpr int64_t backward_steps = 512;  // that are worked on at a time: a tile of two channels, or of more where rows are short
 
 struct RowBackwardPlan {
   const ScanBackward& f;
   const ScanSizes& sizes;
   int64_t units, per_unit, splits, per_split, row, pieces;
+  int64_t at_a_time;         // channels
+  bool shares;               // short rows: several to a square of block_scan.h
   Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, pieces, K, D, N)
   Buffer d_A, d_D, d_bias;   // (batch, pieces, K, D, N), (batch, pieces, K, D) twice
   Buffer d_u;                // (batch, D, L): where directions are summed and d_u is too short to hold the sum
@@ -26,13 +34,16 @@ struct RowBackwardPlan {
         per_split(divide_up(per_unit, splits)),
         row(round_up(sizes.length, block)),
         pieces(divide_up(sizes.length, row_piece)),
+        at_a_time(f.B.constant || f.C.constant ? 1 : backward_steps / smaller_of(row, row_tile)),
+        shares(W == 16 && (row == 4 * W || row == 8 * W)),
         d_B(4 * slab_elements(f.B)),
         d_C(4 * slab_elements(f.C)),
         d_A(4 * sequences() * pieces * sizes.state),
         d_D(4 * sequences() * pieces),
         d_bias(4 * sequences() * pieces),
         d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
-        streamed(sizes.io == Dtype::float32 && 2 * sequences() * sizes.length >= streaming_elements && sizes.length % 16 == 0 &&
+        streamed(2 * sequences() * sizes.length * size_of(sizes.io) >= 4 * streaming_elements &&
+                 sizes.length * size_of(sizes.io) % 64 == 0 &&
                  (reinterpret_cast<uintptr_t>(f.d_u) | reinterpret_cast<uintptr_t>(f.d_delta)) % 64 == 0) {}
 
   int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
@@ -42,269 +53,305 @@ struct RowBackwardPlan {
 };
 
 struct alignas(64) RowBackwardScratch {
-  float dt[row_tile], slope[row_tile], u[row_tile], g[row_tile], a[row_tile], ah[row_tile], d_dt[row_tile], d_u[row_tile],
-      y[row_tile], spare[row_tile];
-  Effect runs[row_tile / block];
-  V entering[row_tile / block];
-  float constant_B[block], constant_C[block];
+  float dt[backward_steps], slope[backward_steps], u[backward_steps], g[backward_steps], a[backward_steps], ah[backward_steps],
+      d_dt[backward_steps], d_u[backward_steps], y[backward_steps];
+  Effect runs[backward_steps / block * square_blocks];
+  V entering[backward_steps / block * square_blocks];
 };
 
-// B or C of a task for one state of a tile, and its gradient: rows as runs, or one block that serves every place.
+// B or C of a task for one state of a tile, and its gradient, as runs.
 struct TurnedProjection {
   const float* data;
   float* gradient;
-  bool constant;
-
-  int64_t place(int64_t i) const { return constant ? i % block : i; }
 };
 
-// The states of a tile anew, block by block: decays a, a times the state before, and the states. meanwhile() is work for the
-// processor while the steps of enter_blocks wait for each other.
-template <bool reversed, typename Meanwhile, typename Visit>
-inline void along_states(RowBackwardScratch& s, const TurnedProjection& B, V exponent, int64_t n, V carry, Meanwhile meanwhile,
-                         Visit visit) {
-  for (int64_t i = 0; i < n; i += block) {
-    const Block step = Block::at(s.dt + i), x = Block::at(s.u + i), b = Block::at(B.data + B.place(i));
-    Block a, w;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      a.v[j] = exp2(step.v[j] * exponent);
-      w.v[j] = step.v[j] * x.v[j] * b.v[j];
-    }
-    a.to(s.a + i);
-    w.to(s.ah + i);
-    s.runs[i / block] = compose_runs<reversed>(a, w);
-  }
-  enter_blocks<reversed>(s.runs, s.entering, n / block, carry);
-  meanwhile();
-  for (int64_t i = 0; i < n; i += block) {
-    const Block a = Block::at(s.a + i), w = Block::at(s.ah + i);
-    Block ah, states;
-    V h = s.entering[i / block];
-    along_run<reversed>([&](int j) {
-      ah.v[j] = a.v[j] * h;
-      states.v[j] = h = ah.v[j] + w.v[j];
-    });
-    visit(i, a, ah, states);
-  }
-}
+// What a task keeps beside a tile's scratch. For each channel, as vectors: mu and d_A of each state, d_D, d_bias, and the sums for
+// constant B and C. For each state a tile of B, C and their gradients.
+struct RowBackwardMemory {
+  int64_t channels, N;
+  float* at;
 
-// One channel's tile.
+  static int64_t floats(int64_t channels, int64_t N) { return channels * (4 * N + 2) * W + 4 * N * row_tile; }
+
+  int64_t of_channel() const { return (4 * N + 2) * W; }
+  float* mu(int64_t c) const { return at + c * of_channel(); }
+  float* d_A(int64_t c) const { return mu(c) + N * W; }
+  float* d_D(int64_t c) const { return d_A(c) + N * W; }
+  float* d_bias(int64_t c) const { return d_D(c) + W; }
+  float* constant(int64_t c, int64_t which) const { return d_bias(c) + W + which * N * W; }
+  float* tile(int64_t which, int64_t state) const { return at + channels * of_channel() + (which * N + state) * row_tile; }
+};
+
+// The tile of a few channels. Channel j of them has its place in the scratch memory.
 struct RowBackwardTile {
   const RowBackwardPlan& plan;
   RowBackwardScratch& s;
-  int64_t b, k, d, begin, n, padded;
-  const float* entering;              // states that enter the tile
-  const TurnedProjection *B, *C;      // of each state
-  float *mu, *d_A, *d_D, *d_bias;     // vectors: (N), (N), one, one
-  float* d_u_sum;                     // where directions are summed: the channel's row
-  bool first, last;                   // of the directions that are summed
-  int64_t next_rows, next_steps;      // the next tile of the walk is so many rows and steps further on
+  const RowBackwardMemory& memory;
+  int64_t b, k, first, channels;       // those of the task
+  int64_t c, count;                    // of them those that are worked on
+  int64_t begin, n, padded, entry;     // the tile, and the boundary state that enters it
+  const TurnedProjection *B, *C;       // of each state
+  bool first_direction, last_direction;  // of those that are summed
+  int64_t next_steps;                  // the next tile of the walk is so many steps further on
 
-  const void* row(Dtype type, const Sequence& of) const {
-    return element(type, of.data, b * of.batch + k * of.direction + d * of.channel);
+  int64_t place(int64_t j) const { return j * padded; }
+  int64_t runs_of(int64_t j) const { return j * (plan.shares ? padded / block : round_up(padded / block, square_blocks)); }
+  int64_t sequence(int64_t j) const { return (b * plan.sizes.directions + k) * plan.sizes.channels + first + c + j; }
+  float of_channel(const void* data, int64_t j, int64_t state = 0, int64_t states = 1) const {
+    return data == nullptr ? 0.0f : static_cast<const float*>(data)[(k * plan.sizes.channels + first + c + j) * states + state];
   }
-  void fetch_next(Dtype type, const Sequence& of, const void* row, int64_t i) const {
-    const void* at = element(type, row, next_rows * of.channel + next_steps + begin + i);
-    for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, line), 0, 2);
+  float A(int64_t j, int64_t state) const { return of_channel(plan.f.A, j, state, plan.sizes.state); }
+  TurnedRow row(Dtype type, const Sequence& of, int64_t j) const {
+    return {type, element(type, of.data, b * of.batch + k * of.direction + (first + c + j) * of.channel), begin, n};
   }
-  float parameter(const void* data) const {
-    return data == nullptr ? 0.0f : static_cast<const float*>(data)[k * plan.sizes.channels + d];
+  // The same stretch of a row in the channels that come next.
+  Ahead ahead(Dtype type, const Sequence& of, int64_t j) const {
+    const int64_t next = c + count + j;
+    const int64_t further = next < channels ? count * of.channel : -(c + j - smaller_of(j, channels - 1)) * of.channel + next_steps;
+    return {static_cast<const char*>(element(type, row(type, of, j).at, further)), size_of(type)};
   }
 };
 
-// A stretch of a row as runs; the next tile's is fetched meanwhile.
-inline void load_runs(const RowBackwardTile& t, Dtype type, const Sequence& of, float* to) {
-  const void* at = t.row(type, of);
-  const TurnedRow row(type, at, t.begin, t.n, t.padded, t.s.spare);
-  for (int64_t i = 0; i < t.padded; i += block) {
-    t.fetch_next(type, of, at, i);
-    row(i).to(to + i);
-  }
-}
-
-// Step sizes, as runs. What lies beyond the end gets a step size of 0, which leaves the state as it is.
-inline void load_steps(const RowBackwardTile& t, float bias) {
+// Step sizes and their slopes with respect to delta. What lies beyond the end gets a step size of 0, which leaves the state as it is.
+inline void load_steps(const RowBackwardTile& t, int64_t j) {
   const ScanBackward& f = t.plan.f;
-  const ScanSizes& sizes = t.plan.sizes;
-  RowBackwardScratch& s = t.s;
-  const V shift_by = all(bias);
-  const void* delta_row = t.row(sizes.io, f.delta);
-  const TurnedRow delta(sizes.io, delta_row, t.begin, t.n, t.padded, s.spare, sizes.delta_softplus ? -__builtin_inff() : -bias);
-  const auto each = [&](auto step_size) {
-    for (int64_t i = 0; i < t.padded; i += block) {
-      t.fetch_next(sizes.io, f.delta, delta_row, i);
-      const Block v = delta(i);
+  const int64_t padded = t.padded, last = padded - block;
+  float *const dt = t.s.dt + t.place(j), *const slope = t.s.slope + t.place(j);
+  const V shift_by = all(t.of_channel(f.delta_bias, j));
+  const TurnedRow delta = t.row(f.sizes.io, f.delta, j);
+  const Ahead ahead = t.ahead(f.sizes.io, f.delta, j);
+  const auto each = [&](auto steps_and_slopes) {
+    for (int64_t i = 0; i < padded; i += block) {
+      ahead.fetch_lines(i);
+      Block v = delta(i), slopes;
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) store(s.dt + i + j * W, step_size(v.v[j] + shift_by));
+      for (int q = 0; q < 4; ++q) v.v[q] = v.v[q] + shift_by;
+      steps_and_slopes(v, slopes);
+      v.to(dt + i);
+      slopes.to(slope + i);
     }
   };
-  if (sizes.delta_softplus) {
-    SoftplusNear near;
-    each([&](V x) { return near(x); });
-    if (near.was_far()) each([&](V x) { return softplus(x); });
+  if (f.sizes.delta_softplus) {
+    SoftplusAndSlope near;
+    each([&](Block& v, Block& slopes) { near(v, slopes); });
+    if (near.was_far())
+      each([](Block& v, Block& slopes) {
+        for (int q = 0; q < 4; ++q) {
+          v.v[q] = softplus(v.v[q]);
+          slopes.v[q] = slope_of_softplus(v.v[q]);
+        }
+      });
   } else {
-    each([&](V x) { return x; });
+    each([](Block&, Block& slopes) { slopes = {{all(1.0f), all(1.0f), all(1.0f), all(1.0f)}}; });
+  }
+  if (t.n != padded) {
+    zero_beyond(dt + last, t.n - last);
+    zero_beyond(slope + last, t.n - last);
   }
 }
 
-// The slope of the step size with respect to delta, as runs.
-inline void slopes_of_tile(const RowBackwardTile& t) {
+// A stretch of a row of each channel as runs.
+template <Dtype type>
+inline void load_row_of_runs(const TurnedRow& row, int64_t padded, float* to) {
+  const auto* at = static_cast<const char*>(row.at);
+  const int64_t n = row.n, whole = n / block * block;
+  for (int64_t i = 0; i < whole; i += block) load_runs<type>(at + i * size_of(type)).to(to + i);
+  if (whole != padded) load_part_of_runs(type, at + whole * size_of(type), n - whole).to(to + whole);
+}
+inline void load_tile(const RowBackwardTile& t, Dtype type, const Sequence& of, float* to) {
+  const auto load = type == Dtype::float32    ? load_row_of_runs<Dtype::float32>
+                    : type == Dtype::bfloat16 ? load_row_of_runs<Dtype::bfloat16>
+                                              : load_row_of_runs<Dtype::float16>;
+  for (int64_t j = 0; j < t.count; ++j) load(t.row(type, of, j), t.padded, to + t.place(j));
+}
+
+// enter_square of block_scan.h for `count` squares that lie `apart` runs apart, step by step for all of them: the steps wait for each
+// other, and the processor looks no further ahead than one square.
+template <bool reversed, int span, int count>
+inline void enter_squares(const Effect* runs, int64_t apart, V* entering, V* carry) {
+  constexpr int first = reversed ? square_blocks - 1 : 0, step = reversed ? -1 : 1;
+  V P[count][square_blocks], q[count][square_blocks], h[count][square_blocks], a[count], b[count];
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) {
+#pragma GCC unroll 4
+    for (int i = 0; i < square_blocks; ++i) P[m][i] = runs[m * apart + i].P, q[m][i] = runs[m * apart + i].q;
+    transpose_pieces(P[m]);
+    transpose_pieces(q[m]);
+    a[m] = P[m][first], b[m] = q[m][first];
+  }
+#pragma GCC unroll 4
+  for (int i = 1; i < square_blocks; ++i)
+#pragma GCC unroll 2
+    for (int m = 0; m < count; ++m) {
+      b[m] = fma(P[m][first + i * step], b[m], q[m][first + i * step]);
+      a[m] = P[m][first + i * step] * a[m];
+    }
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) compose_step<1, reversed, span>(a[m], b[m]);
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) compose_step<2, reversed, span>(a[m], b[m]);
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) compose_step<4, reversed, span>(a[m], b[m]);
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) compose_step<8, reversed, span>(a[m], b[m]);
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) {
+    const V after = fma(a[m], carry[m], b[m]);
+    h[m][first] = shift<1, reversed, span>(after, carry[m]);
+    carry[m] = span == W ? last_everywhere<reversed>(after) : after;
+  }
+#pragma GCC unroll 4
+  for (int i = 1; i < square_blocks; ++i)
+#pragma GCC unroll 2
+    for (int m = 0; m < count; ++m)
+      h[m][first + i * step] = fma(P[m][first + (i - 1) * step], h[m][first + (i - 1) * step], q[m][first + (i - 1) * step]);
+#pragma GCC unroll 2
+  for (int m = 0; m < count; ++m) {
+    transpose_pieces(h[m]);
+#pragma GCC unroll 4
+    for (int i = 0; i < square_blocks; ++i) entering[m * apart + i] = h[m][i];
+  }
+}
+
+// For so many things, two at a time and the last alone: visit(j, 2 or 1), the number a constant. What is done to a channel is a chain
+// of steps that wait for each other; the processor has work where two chains are interleaved.
+template <typename Visit>
+inline void in_pairs(int64_t all, Visit visit) {
+  int64_t j = 0;
+  for (; j + 1 < all; j += 2) visit(j, std::integral_constant<int, 2>());
+  if (j < all) visit(j, std::integral_constant<int, 1>());
+}
+
+// From what enters each channel, carry(j) and put(j, after), to what enters its runs.
+template <bool reversed, typename Carry, typename Put>
+inline void enter_tile(const RowBackwardTile& t, Carry carry, Put put) {
   RowBackwardScratch& s = t.s;
-  if (t.plan.sizes.delta_softplus) {
-    for (int64_t i = 0; i < t.padded; i += W) store(s.slope + i, slope_of_softplus(load(s.dt + i)));
-    return;
-  }
-  for (int64_t i = 0; i < t.padded; i += block) {
-    for (int64_t j = i; j < i + block; ++j) s.slope[j] = j < t.n ? 1.0f : 0.0f;
-    Block::at(s.slope + i).turned().to(s.slope + i);
+  if (!t.plan.shares) {
+    const int64_t blocks = t.padded / block, slots = t.runs_of(1);
+    in_pairs(t.count, [&](int64_t j, auto pair) {
+      constexpr int count = pair.value;
+      Effect* const runs = s.runs + j * slots;
+      V x[count];
+      for (int m = 0; m < count; ++m) {
+        x[m] = all(carry(j + m));
+        for (int64_t i = blocks; i < slots; ++i) runs[m * slots + i] = {all(1.0f), all(0.0f)};
+      }
+      for (int64_t walked = 0; walked < slots; walked += square_blocks) {
+        const int64_t at = reversed ? slots - square_blocks - walked : walked;
+        enter_squares<reversed, W, count>(runs + at, slots, s.entering + j * slots + at, x);
+      }
+      for (int m = 0; m < count; ++m) put(j + m, x[m]);
+    });
+  } else if constexpr (W == 16) {
+    const int64_t span = t.padded / W, shared = t.padded == 4 * W ? 4 : 2;
+    const int64_t present = t.count * span / 4;  // runs
+    for (int64_t i = present; i < round_up(present, square_blocks); ++i) s.runs[i] = {all(1.0f), all(0.0f)};
+    in_pairs(divide_up(t.count, shared), [&](int64_t square, auto pair) {
+      constexpr int count = pair.value;
+      const int64_t first = square * shared, end = smaller_of(first + count * shared, t.count);
+      float lanes[count * W] = {};
+      for (int64_t j = first; j < end; ++j)
+        for (int64_t lane = 0; lane < span; ++lane) lanes[(j - first) * span + lane] = carry(j);
+      V x[count];
+      for (int m = 0; m < count; ++m) x[m] = load(lanes + m * W);
+      (span == 4 ? enter_squares<reversed, 4, count> : enter_squares<reversed, 8, count>)(
+          s.runs + square * square_blocks, square_blocks, s.entering + square * square_blocks, x);
+      for (int m = 0; m < count; ++m) store(lanes + m * W, x[m]);
+      for (int64_t j = first; j < end; ++j) put(j, all(lanes[(j - first) * span + (reversed ? 0 : span - 1)]));
+    });
   }
 }
 
-// Through the gate: y again, d_z from it, and g becomes the gradient of y.
+// Decays, inputs (where a times the state before will be) and what each run does to the state.
 template <bool reversed>
-inline void gate_tile(const RowBackwardTile& t, const float* A, float skip) {
-  const ScanBackward& f = t.plan.f;
-  const ScanSizes& sizes = t.plan.sizes;
+inline void decays_of_tile(const RowBackwardTile& t, int64_t state) {
   RowBackwardScratch& s = t.s;
-  for (int64_t i = 0; i < t.padded; i += W) store(s.y + i, load(s.u + i) * all(skip));
-  for (int64_t state = 0; state < sizes.state; ++state) {
-    const TurnedProjection& C = t.C[state];
-    along_states<reversed>(
-        s, t.B[state], all(A[state] * log2_e), t.padded, all(t.entering[state]), [] {},
-        [&](int64_t i, const Block&, const Block&, const Block& h) {
-          const Block c = Block::at(C.data + C.place(i));
+  const int64_t padded = t.padded;
+  const float* const B = t.B[state].data;
+  for (int64_t j = 0; j < t.count; ++j) {
+    const V exponent = all(t.A(j, state) * log2_e);
+    const float *const dt = s.dt + t.place(j), *const u = s.u + t.place(j);
+    float *const a_to = s.a + t.place(j), *const w_to = s.ah + t.place(j);
+    Effect* runs = s.runs + t.runs_of(j);
+    const Ahead ahead = state == 0 ? t.ahead(t.plan.sizes.io, t.plan.f.u, j) : Ahead{};
+    for (int64_t i = 0; i < padded; i += block) {
+      ahead.fetch_lines(i);
+      const Block step = Block::at(dt + i), x = Block::at(u + i), b = Block::at(B + i);
+      Block a, w;
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) store(s.y + i + j * W, fma(c.v[j], h.v[j], load(s.y + i + j * W)));
-        });
-  }
-  const TurnedRow z(sizes.io, t.row(sizes.io, f.z), t.begin, t.n, t.padded, s.spare);
-  for (int64_t i = 0; i < t.padded; i += block) {
-    const Block gates = z(i);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = i + j * W;
-      const V x = gates.v[j], gate = sigmoid_from(x, exp_of_negative_magnitude(x)), g = load(s.g + at);
-      store(s.g + at, g * x * gate);
-      store(s.y + at, g * load(s.y + at) * gate * fma(x, all(1.0f) - gate, all(1.0f)));
+      for (int q = 0; q < 4; ++q) {
+        a.v[q] = exp2(step.v[q] * exponent);
+        w.v[q] = step.v[q] * x.v[q] * b.v[q];
+      }
+      a.to(a_to + i);
+      w.to(w_to + i);
+      *runs++ = compose_runs<reversed>(a, w);
     }
   }
-  const int64_t sequence = (t.b * sizes.directions + t.k) * sizes.channels + t.d;
-  store_turned(sizes.io, f.d_z, sequence * sizes.length + t.begin, t.n, t.padded, s.y, false);
+  const int64_t chunks = t.plan.sizes.chunks, N = t.plan.sizes.state;
+  const auto* boundary = static_cast<const float*>(t.plan.f.boundary_states) + (t.sequence(0) * chunks + t.entry) * N + state;
+  enter_tile<reversed>(t, [&](int64_t j) { return boundary[j * chunks * N]; }, [](int64_t, V) {});
 }
 
-// Sums over a row, kept as vectors.
-struct TileGradients {
-  float *d_A, *d_D, *d_bias;
-};
-
-// From what enters the runs of the adjoint to the gradients, for one state; those of delta and u go on from state to state in the
-// scratch memory, and at the last to rows, if given.
-template <bool reversed, bool starts, bool ends>
-void gradients_of_tile(RowBackwardScratch& s, const TurnedProjection& B, const TurnedProjection& C, float A_value, float skip_value,
-                       int64_t n, const TileGradients& sums, float* d_delta_to, float* d_u_to, bool streamed) {
-  const V A = all(A_value), skip = all(skip_value);
-  V d_A = load(sums.d_A), d_D = load(sums.d_D), d_bias = load(sums.d_bias);
-  for (int64_t i = 0; i < n; i += block) {
-    const Block a = Block::at(s.a + i), g = Block::at(s.g + i), c = Block::at(C.data + C.place(i));
-    Block d_dt, d_u;
-    V leaving = s.entering[i / block];
-    along_run<!reversed>([&](int j) {
-      const int64_t at = i + j * W;
-      const V lambda = fma(c.v[j], g.v[j], leaving);
-      leaving = a.v[j] * lambda;
-      const V by_step = lambda * load(s.dt + at), b = load(B.data + B.place(at)), u = load(s.u + at), ah = load(s.ah + at);
-      float* d_B = B.gradient + B.place(at);
-      store(d_B, fma(by_step, u, load(d_B)));
-      d_A = fma(by_step, ah, d_A);
-      d_dt.v[j] = lambda * fma(A, ah, b * u);
-      d_u.v[j] = fma(by_step, b, starts ? g.v[j] * skip : load(s.d_u + at));
-      if (!starts) d_dt.v[j] = d_dt.v[j] + load(s.d_dt + at);
-      if (ends) {
-        d_dt.v[j] = d_dt.v[j] * load(s.slope + at);
-        d_bias = d_bias + d_dt.v[j];
-        d_D = fma(g.v[j], u, d_D);
+// The states of `count` channels: visit(i, m, q, a, a times the state before, the state), vector q of a block of runs of channel m.
+template <bool reversed, int count, typename Visit, typename After>
+inline void along_states(const RowBackwardTile& t, int64_t j, Visit visit, After after) {
+  RowBackwardScratch& s = t.s;
+  const int64_t padded = t.padded, runs_apart = t.runs_of(1);
+  const V* entering = s.entering + t.runs_of(j);
+  const float *const a_at = s.a + t.place(j), *const w_at = s.ah + t.place(j);
+  for (int64_t i = 0; i < padded; i += block) {
+    V h[count];
+#pragma GCC unroll 2
+    for (int m = 0; m < count; ++m) h[m] = entering[m * runs_apart];
+    ++entering;
+    along_run<reversed>([&](int q) {
+#pragma GCC unroll 2
+      for (int m = 0; m < count; ++m) {
+        const int64_t at = i + q * W + m * padded;
+        const V a = in_register(load(a_at + at)), ah = a * h[m];
+        h[m] = ah + load(w_at + at);
+        visit(at, i + q * W, m, q, a, ah, h[m]);
       }
     });
-    const auto put = [&](const Block& gradient, float* row, float* spare) {
-      if (row == nullptr) return gradient.to(spare + i);
-      streamed ? gradient.turned().stream_to(row + i) : gradient.turned().to(row + i);
-    };
-    put(d_dt, d_delta_to, s.d_dt);
-    put(d_u, d_u_to, s.d_u);
+    after(i);
   }
-  store(sums.d_A, d_A);
-  store(sums.d_D, d_D);
-  store(sums.d_bias, d_bias);
 }
 
+// d_C, and of the adjoint what each run does to it.
 template <bool reversed>
-void backward_tile(const RowBackwardTile& t) {
-  const RowBackwardPlan& plan = t.plan;
-  const ScanBackward& f = plan.f;
-  const ScanSizes& sizes = plan.sizes;
+inline void adjoint_of_tile(const RowBackwardTile& t, int64_t state) {
   RowBackwardScratch& s = t.s;
-  const int64_t N = sizes.state, L = sizes.length;
-  const float skip = t.parameter(f.D);
-  const float* As = static_cast<const float*>(f.A) + (t.k * sizes.channels + t.d) * N;
-  const bool gated = f.z.data != nullptr;
-  load_steps(t, t.parameter(f.delta_bias));
-  load_runs(t, sizes.io, f.u, s.u);
-  if (gated) {
-    load_runs(t, sizes.out, f.d_out, s.g);
-    gate_tile<reversed>(t, As, skip);
-  }
-  // Gradients go straight to where they belong if nothing is left to be done to them.
-  const int64_t at = ((t.b * sizes.directions + t.k) * sizes.channels + t.d) * L + t.begin;
-  const bool straight = sizes.io == Dtype::float32 && t.n == t.padded;
-  float* const d_delta_to = straight ? static_cast<float*>(f.d_delta) + at : nullptr;
-  float* const d_u_to = straight && !sizes.shared ? static_cast<float*>(f.d_u) + at : nullptr;
-  for (int64_t state = 0; state < N; ++state) {
-    const TurnedProjection &B = t.B[state], &C = t.C[state];
-    const bool starts = state == 0, ends = state == N - 1;
-    along_states<reversed>(
-        s, B, all(As[state] * log2_e), t.padded, all(t.entering[state]),
-        [&] {
-          if (starts && !gated) load_runs(t, sizes.out, f.d_out, s.g);
+  const float* const C = t.C[state].data;
+  float* const d_C_to = t.C[state].gradient;
+  in_pairs(t.count, [&](int64_t j, auto pair) {
+    constexpr int count = pair.value;
+    const int64_t runs_apart = t.runs_of(1);
+    const float* const g_at = s.g + t.place(j);
+    float* const ah_to = s.ah + t.place(j);
+    Effect* runs = s.runs + t.runs_of(j);
+    Block a[count], aCg[count];
+    V c, d_C;
+    along_states<reversed, count>(
+        t, j,
+        [&](int64_t at, int64_t i, int m, int q, V a_here, V ah, V h) {
+          if (m == 0) c = in_register(load(C + i)), d_C = load(d_C_to + i);
+          const V g = in_register(load(g_at + at));
+          d_C = fma(g, h, d_C);
+          if (m == count - 1) store(d_C_to + i, d_C);
+          store(ah_to + at, ah);
+          a[m].v[q] = a_here;
+          aCg[m].v[q] = a_here * (c * g);
         },
-        [&](int64_t i, const Block& a, const Block& ah, const Block& h) {
-          const Block c = Block::at(C.data + C.place(i)), g = Block::at(s.g + i);
-          float* d_C = C.gradient + C.place(i);
-          Block aCg;
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            store(d_C + j * W, fma(g.v[j], h.v[j], load(d_C + j * W)));
-            aCg.v[j] = a.v[j] * (c.v[j] * g.v[j]);
-          }
-          ah.to(s.ah + i);
-          s.runs[i / block] = compose_runs<!reversed>(a, aCg);
+        [&](int64_t) {
+#pragma GCC unroll 2
+          for (int m = 0; m < count; ++m) runs[m * runs_apart] = compose_runs<!reversed>(a[m], aCg[m]);
+          ++runs;
         });
-    V mu = load(t.mu + state * W);
-    enter_blocks<!reversed>(s.runs, s.entering, t.padded / block, mu);
-    store(t.mu + state * W, mu);
-    if (ends) slopes_of_tile(t);
-    const TileGradients sums{t.d_A + state * W, t.d_D, t.d_bias};
-    if (N == 1)
-      gradients_of_tile<reversed, true, true>(s, B, C, As[state], skip, t.padded, sums, d_delta_to, d_u_to, plan.streamed);
-    else if (starts)
-      gradients_of_tile<reversed, true, false>(s, B, C, As[state], skip, t.padded, sums, nullptr, nullptr, false);
-    else if (ends)
-      gradients_of_tile<reversed, false, true>(s, B, C, As[state], skip, t.padded, sums, d_delta_to, d_u_to, plan.streamed);
-    else
-      gradients_of_tile<reversed, false, false>(s, B, C, As[state], skip, t.padded, sums, nullptr, nullptr, false);
-  }
-  if (d_delta_to == nullptr) store_turned(sizes.io, f.d_delta, at, t.n, t.padded, s.d_dt, false);
-  if (!sizes.shared) {
-    if (d_u_to == nullptr) store_turned(sizes.io, f.d_u, at, t.n, t.padded, s.d_u, false);
-    return;
-  }
-  float* sum = t.d_u_sum + t.begin;
-  for (int64_t i = 0; i < t.padded; i += block) Block::at(s.d_u + i).turned().to(s.d_u + i);
-  if (!t.first)
-    for (int64_t i = 0; i < t.n; i += W)
-      store(s.d_u + i, load(s.d_u + i) + load_part(sum + i, static_cast<int>(smaller_of(W, t.n - i))));
-  t.last ? store_row(sizes.io, element(sizes.io, f.d_u, (t.b * sizes.channels + t.d) * L + t.begin), s.d_u, t.n)
-         : store_row(Dtype::float32, sum, s.d_u, t.n);
+  });
+  const RowBackwardMemory& memory = t.memory;
+  enter_tile<!reversed>(t, [&](int64_t j) { return memory.mu(t.c + j)[state * W]; },
+                        [&](int64_t j, V mu) { store(memory.mu(t.c + j) + state * W, mu); });
 }
 
 }  // namespace

@@ -23,6 +23,21 @@ inline int64_t wanted_splits(const ScanSizes& sizes, int64_t units) {
   return larger_of(1, 16 / (sizes.batch * sizes.outputs() * units));
 }
 
+// The sum of the lanes of each of `count` vectors, so many numbers apart: W of them at a time by way of a turn.
+inline void sums_of_lanes(const float* vectors, int64_t apart, int64_t count, float* to, int64_t to_apart) {
+  for (int64_t begin = 0; begin < count; begin += W) {
+    V parts[W / 4];
+    for (int g = 0; g < W / 4; ++g) {
+      const auto vector = [&](int64_t i) { return load(vectors + smaller_of(begin + 4 * g + i, count - 1) * apart); };
+      const Block turned = Block{{vector(0), vector(1), vector(2), vector(3)}}.turned();
+      parts[g] = (turned.v[0] + turned.v[1]) + (turned.v[2] + turned.v[3]);
+    }
+    float sums[W];
+    store(sums, sum_pieces(parts));
+    for (int64_t i = begin; i < smaller_of(begin + W, count); ++i) to[i * to_apart] = sums[i - begin];
+  }
+}
+
 inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t n) {
   float* sum = static_cast<float*>(to);
   for (int64_t i = 0; i < n; ++i) {

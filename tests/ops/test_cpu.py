@@ -52,6 +52,7 @@ def check_elementary() -> None:
     assert largest_error(elementary(x, "softplus"), torch.nn.functional.softplus(wide, threshold=800)) < 3e-7
     assert largest_error(elementary(x, "sigmoid"), wide.sigmoid()) < 4e-7
     assert largest_error(elementary(x, "slope"), wide.sigmoid()) < 5e-7
+    assert largest_error(elementary(x, "near_slope"), wide.sigmoid()) < 5e-7
     near_one = torch.linspace(-1e-3, 0, 10_001)  # where an error is multiplied by 1 / (1 - a)
     for name in ("exp", "decay"):
         assert elementary(torch.zeros(1), name).item() == 1.0
@@ -65,7 +66,7 @@ def check_elementary() -> None:
         rounded = x.to(getattr(torch, name)).float()
         torch.testing.assert_close(elementary(x, name), rounded, rtol=0, atol=0, equal_nan=True)
     nan = torch.full((3,), torch.nan)
-    for name in ("exp", "decay", "softplus", "sigmoid", "slope"):
+    for name in ("exp", "decay", "softplus", "sigmoid", "slope", "near_slope"):
         assert elementary(nan, name).isnan().all(), name
 
 

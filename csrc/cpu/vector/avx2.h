@@ -11,6 +11,10 @@ constexpr int W = 8;
 constexpr bool fused = true;
 
 inline V all(float x) { return _mm256_set1_ps(x); }
+inline V in_register(V x) {
+  asm("" : "+x"(x));
+  return x;
+}
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
 inline void stream(float* p, V x) { _mm256_stream_ps(p, x); }

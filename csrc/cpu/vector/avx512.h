@@ -38,9 +38,12 @@ inline V where_not_negative(V x, V a, V b) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), a, b);
 }
 inline V table(V entries, V index) { return _mm512_permutexvar_ps(_mm512_castps_si512(index), entries); }  // by the lowest 4 bits
-inline V in_register(V x) {  // GCC otherwise reads constant tables from memory again and again
+inline V in_register(V x) {  // GCC otherwise reads what it loaded from memory again and again
   asm("" : "+v"(x));
   return x;
+}
+inline V one_more_where_not_negative(V x, V a) {
+  return _mm512_mask_add_ps(a, _knot_mask16(_mm512_movepi32_mask(_mm512_castps_si512(x))), a, all(1.0f));
 }
 inline V magnitude(V x) { return _mm512_abs_ps(x); }
 // Of numbers that are not negative as their bits are ordered: NaN is the largest. Integer operations have more pipes than others.

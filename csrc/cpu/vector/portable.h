@@ -26,6 +26,7 @@ inline V shuffle(V a, V b) {  // lanes 0 to 3 of a, 4 to 7 of b
 }
 
 inline V all(float x) { return V{x, x, x, x}; }
+inline V in_register(V x) { return x; }  // x, which the compiler is to keep instead of loading it again
 inline V load(const float* p) {
   V x;
   std::memcpy(&x, p, sizeof x);

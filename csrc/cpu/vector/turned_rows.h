@@ -58,45 +58,24 @@ inline void zero_beyond(float* runs, int64_t n) {
   load_part_of_runs(Dtype::float32, part, n).to(runs);
 }
 
-// A stretch of a row, block by block as runs.
+// A stretch of a row, block by block as runs; zeros beyond its end.
 struct TurnedRow {
   Dtype type;
   const void* at;
+  int64_t n;
 
-  TurnedRow(Dtype type, const void* row, int64_t begin, int64_t n, int64_t padded, float* spare, float pad = 0.0f)
-      : type(type), at(element(type, row, begin)) {
-    if (n == padded) return;
-    load_row(type, at, spare, n, padded);
-    for (int64_t i = n; i < padded; ++i) spare[i] = pad;
-    this->type = Dtype::float32;
-    at = spare;
-  }
+  TurnedRow(Dtype type, const void* row, int64_t begin, int64_t n) : type(type), at(element(type, row, begin)), n(n) {}
   void fetch(int64_t i) const {  // a block that will be wanted soon
-    for (int64_t line = 0; line < block; line += 16) __builtin_prefetch(element(type, at, i + line), 0, 2);
+    for (int64_t line = 0; line < block * size_of(type); line += 64)
+      __builtin_prefetch(static_cast<const char*>(at) + i * size_of(type) + line, 0, 2);
   }
   Block operator()(int64_t i) const {
-    if (type == Dtype::float32) return Block::at(static_cast<const float*>(at) + i).turned();
-    const uint16_t* p = static_cast<const uint16_t*>(at) + i;
-    Block r;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) r.v[j] = type == Dtype::bfloat16 ? load_bfloat16(p + j * W) : load_float16(p + j * W);
-    return r.turned();
+    const void* p = element(type, at, i);
+    if (i + block > n) return load_part_of_runs(type, p, n - i);
+    if (type == Dtype::float32) return load_runs<Dtype::float32>(p);
+    return type == Dtype::bfloat16 ? load_runs<Dtype::bfloat16>(p) : load_runs<Dtype::float16>(p);
   }
 };
-
-// The other way: runs, block by block, to a stretch of n elements.
-inline void store_turned(Dtype type, void* row, int64_t begin, int64_t n, int64_t padded, float* from, bool streamed) {
-  if (type == Dtype::float32 && n == padded) {
-    float* to = static_cast<float*>(row) + begin;
-    for (int64_t i = 0; i < n; i += block) {
-      const Block natural = Block::at(from + i).turned();
-      streamed ? natural.stream_to(to + i) : natural.to(to + i);
-    }
-  } else {
-    for (int64_t i = 0; i < padded; i += block) Block::at(from + i).turned().to(from + i);
-    store_row(type, element(type, row, begin), from, n);
-  }
-}
 
 }  // namespace
 }  // namespace dass::cpu

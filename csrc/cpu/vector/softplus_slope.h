@@ -1,0 +1,69 @@
+// Softplus and its slope, the logistic function, of four vectors at a time: step sizes for a backward.
+#pragma once
+
+namespace dass::cpu {
+namespace {
+
+#if defined(DASS_VECTOR_TABLE)
+// As SoftplusNear in elementary.h, one degree higher: the derivative of the same polynomial is then good enough to be the slope, and
+// comes with it for six products. Fitted for the least relative error of both, each coefficient rounded before the next.
+alignas(64) constexpr float softplus_slope_coefficients[8][16] = {
+    {6.931472e-01f, 3.132617e-01f, 1.2692802e-01f, 4.8587352e-02f, 1.8149927e-02f, 6.7153485e-03f, 2.4756852e-03f, 9.114664e-04f,
+     3.3540637e-04f, 1.2340219e-04f, 4.5398898e-05f, 1.670156e-05f, 6.1441933e-06f, 2.260327e-06f, 8.315284e-07f, 3.0590226e-07f},
+    {-5.0e-01f, -2.6894143e-01f, -1.1920293e-01f, -4.7425874e-02f, -1.798621e-02f, -6.692851e-03f, -2.4726233e-03f, -9.110512e-04f,
+     -3.3535014e-04f, -1.2339458e-04f, -4.539787e-05f, -1.670142e-05f, -6.1441747e-06f, -2.2603244e-06f, -8.3152804e-07f, -3.059022e-07f},
+    {1.2499999e-01f, 9.830603e-02f, 5.249679e-02f, 2.258832e-02f, 8.831355e-03f, 3.3240286e-03f, 1.2332547e-03f, 4.5511065e-04f,
+     1.6761887e-04f, 6.168968e-05f, 2.2697908e-05f, 8.350571e-06f, 3.0720691e-06f, 1.1301597e-06f, 4.157638e-07f, 1.5295106e-07f},
+    {-1.3667622e-07f, -1.5142778e-02f, -1.33270575e-02f, -6.815271e-03f, -2.8378924e-03f, -1.093177e-03f, -4.0905012e-04f, -1.5142704e-04f,
+     -5.5835328e-05f, -2.0558085e-05f, -7.5652674e-06f, -2.783449e-06f, -1.0240076e-06f, -3.767151e-07f, -1.3858737e-07f, -5.0984458e-08f},
+    {-5.2062287e-03f, -1.4731751e-03f, 1.6187589e-03f, 1.3723145e-03f, 6.5796287e-04f, 2.6594923e-04f, 1.0124758e-04f, 3.771721e-05f,
+     1.39394315e-05f, 5.1367824e-06f, 1.890884e-06f, 6.957989e-07f, 2.559826e-07f, 9.4174865e-08f, 3.4644682e-08f, 1.2745816e-08f},
+    {-1.17356585e-05f, 1.0280341e-03f, 1.7309721e-04f, -1.5596142e-04f, -1.11790585e-04f, -5.0304992e-05f, -1.9858471e-05f, -7.489637e-06f,
+     -2.7813314e-06f, -1.0267321e-06f, -3.781537e-07f, -1.3907257e-07f, -5.1212158e-08f, -1.8853752e-08f, -6.930968e-09f, -2.5419034e-09f},
+    {3.7984335e-04f, -6.338868e-05f, -1.2002192e-04f, -8.001954e-06f, 1.2313426e-05f, 7.462698e-06f, 3.1955128e-06f, 1.2400782e-06f,
+     4.6524167e-07f, 1.7226415e-07f, 6.355254e-08f, 2.3349125e-08f, 8.614247e-09f, 3.1665772e-09f, 1.1666136e-09f, 4.3064582e-10f},
+    {-4.5693017e-05f, -5.3356573e-05f, 2.0822014e-05f, 7.847888e-06f, -2.1212982e-07f, -7.8729073e-07f, -3.9612092e-07f, -1.6881e-07f,
+     -6.4022814e-08f, -2.3790626e-08f, -8.837889e-09f, -3.4099208e-09f, -1.1964302e-09f, -4.1709924e-10f, -1.6275875e-10f, -7.164424e-11f}};
+
+// Of |v| <= softplus_near, for loops: the coefficients stay in registers.
+struct SoftplusAndSlope {
+  V coefficients[8], largest = all(0.0f);
+
+  SoftplusAndSlope() {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) coefficients[i] = in_register(load(softplus_slope_coefficients[i]));
+  }
+  // v becomes its softplus.
+  void operator()(Block& v, Block& slope) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V x = v.v[i], t = magnitude(x), index = t + all(to_whole), r = t - (index - all(to_whole));
+      largest = larger_bits(largest, t);
+      V derivative = table(coefficients[7], index), q = fma(derivative, r, table(coefficients[6], index));
+#pragma GCC unroll 5
+      for (int k = 5; k > 0; --k) {
+        derivative = fma(derivative, r, q);
+        q = fma(q, r, table(coefficients[k], index));
+      }
+      derivative = fma(derivative, r, q);  // of log(1 + exp(-t)): minus the slope at -t
+      slope.v[i] = magnitude(one_more_where_not_negative(x, derivative));
+      v.v[i] = fma(q, r, table(coefficients[0], index) + larger_bits(x, all(0.0f)));
+    }
+  }
+  bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its results are not valid
+};
+#else
+struct SoftplusAndSlope {
+  void operator()(Block& v, Block& slope) const {
+    for (int i = 0; i < 4; ++i) {
+      const V e = exp_of_negative_magnitude(v.v[i]);
+      slope.v[i] = sigmoid_from(v.v[i], e);
+      v.v[i] = softplus_from(v.v[i], e);
+    }
+  }
+  bool was_far() const { return false; }
+};
+#endif
+
+}  // namespace
+}  // namespace dass::cpu
