@@ -22,7 +22,7 @@ inline void store_tile(const RowBackwardTile& t, void* gradient, const float* fr
                                            : store_row_of_runs<Dtype::float16>;
   for (int64_t j = 0; j < t.count; ++j) {
     void* const row = element(io, gradient, t.sequence(j) * t.plan.sizes.length + t.begin);
-    run(from + t.place(j), static_cast<char*>(row), 0, t.n, t.plan.streamed);
+    run(from + t.place(j), static_cast<char*>(row), 0, t.n, t.plan.streamed && reinterpret_cast<uintptr_t>(row) % 64 == 0);
   }
 }
 
@@ -72,15 +72,20 @@ void gradients_of_channels(const RowBackwardTile& t, int64_t j, int64_t state, c
   const float *const B_at = t.B[state].data, *const C_at = t.C[state].data;
   float* const d_B_at = t.B[state].gradient;
   const V* entering = s.entering + t.runs_of(j);
-  const int64_t whole = t.n / block * block, d_u_whole = where->d_u == nullptr ? 0 : whole;
-  const bool streamed = t.plan.streamed;
+  // Rows that begin anywhere are written to the scratch memory first and streamed from there.
+  const auto anywhere = [](const char* row) { return reinterpret_cast<uintptr_t>(row) % 64 != 0; };
+  const bool unaligned = t.plan.streamed &&
+                     (anywhere(where[0].d_delta) || anywhere(where[0].d_u) || anywhere(where[count - 1].d_delta));
+  const bool later = ends && unaligned && t.n * size_of(to) >= 512, streamed = t.plan.streamed && !unaligned;
+  const int64_t whole = later ? padded : t.n / block * block, d_u_whole = where->d_u == nullptr ? 0 : whole;
   V A[count], skip[count], d_A[count], d_D[count], d_bias[count];
   char *d_delta_to[count], *d_u_to[count];
 #pragma GCC unroll 2
   for (int m = 0; m < count; ++m) {
     A[m] = all(t.A(j + m, state)), skip[m] = all(t.of_channel(t.plan.f.D, j + m));
     d_A[m] = load(where[m].d_A), d_D[m] = load(where[m].d_D), d_bias[m] = load(where[m].d_bias);
-    d_delta_to[m] = where[m].d_delta, d_u_to[m] = where[m].d_u;
+    d_delta_to[m] = later ? reinterpret_cast<char*>(d_dt_at + m * padded) : where[m].d_delta;
+    d_u_to[m] = later && d_u_whole != 0 ? reinterpret_cast<char*>(d_u_at + m * padded) : where[m].d_u;
   }
   Ahead ahead[count];
 #pragma GCC unroll 2
@@ -134,7 +139,10 @@ void gradients_of_channels(const RowBackwardTile& t, int64_t j, int64_t state, c
     store(where[m].d_A, d_A[m]);
     store(where[m].d_D, d_D[m]);
     store(where[m].d_bias, d_bias[m]);
-    if (ends && whole < t.n) {
+    if (later) {
+      stream_bytes(where[m].d_delta, d_delta_to[m], t.n * size_of(to));
+      if (d_u_whole != 0) stream_bytes(where[m].d_u, d_u_to[m], t.n * size_of(to));
+    } else if (ends && whole < t.n) {
       store_row_of_runs<to>(d_dt_at + m * padded, d_delta_to[m], whole, t.n, false);
       if (d_u_to[m] != nullptr) store_row_of_runs<to>(d_u_at + m * padded, d_u_to[m], whole, t.n, false);
     }

@@ -161,6 +161,30 @@ def test_summed_directions_do_not_depend_on_threads(backend):
             same(runs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [127, 250, 509, 1008, 1021])
+def test_gradients_past_the_caches(length, dtype, backend):
+    """Gradients of many rows are not kept in the caches, wherever the rows begin: the same bits as of a few of those rows."""
+    case = ScanCase(batch=1, channels=2**19 // length + 3, length=length)
+    inputs = {k: t for k, t in scan_inputs(case, dtype).items() if t is not None}
+    d_out = torch.randn(1, case.channels, length, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def gradients(begin, end):
+        rows = {
+            k: t if k in "BC" else t[begin:end] if t.shape[0] == case.channels else t[:, begin:end]
+            for k, t in inputs.items()
+        }
+        leaves = {k: t.clone().requires_grad_() for k, t in rows.items()}
+        for reverse in (False, True):
+            out = selective_scan(**leaves, delta_softplus=True, reverse=reverse, backend=backend)
+            yield from torch.autograd.grad(out, [leaves["u"], leaves["delta"]], d_out[:, begin:end])
+
+    everything = list(gradients(0, case.channels))
+    for begin, end in ((0, 3), (case.channels - 4, case.channels)):
+        for many, few in zip(everything, gradients(begin, end), strict=True):
+            assert torch.equal(many[:, begin:end], few)
+
+
 LONG = [
     ScanCase(batch=1, channels=1, length=40_000),
     ScanCase(batch=1, channels=3, length=33_333, state=2, reverse=True, z=True, initial_state=True, last_state=True),
