@@ -71,10 +71,11 @@ int64_t effects_of_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const
           const TurnedRow C = row_of_projection(p, f.C, state, begin, n);
           for (int64_t i = 0; i < padded; i += block) C(i).to(s.y + i);
         }
+        const Exp2 exp2_of;
         for (int64_t i = 0; i < padded; i += block) {
           Block a, aCg;
           for (int j = 0; j < 4; ++j) {
-            a.v[j] = exp2(load(s.dt + i + j * W) * exponent);
+            a.v[j] = exp2_of(load(s.dt + i + j * W) * exponent);
             aCg.v[j] = a.v[j] * (load(s.y + i + j * W) * load(s.g + i + j * W));
           }
           s.runs[i / block] = compose_runs<!reversed>(a, aCg);

@@ -275,13 +275,14 @@ inline void decays_of_tile(const RowBackwardTile& t, int64_t state) {
     float *const a_to = s.a + t.place(j), *const w_to = s.ah + t.place(j);
     Effect* runs = s.runs + t.runs_of(j);
     const Ahead ahead = state == 0 ? t.ahead(t.plan.sizes.io, t.plan.f.u, j) : Ahead{};
+    const Exp2 exp2_of;
     for (int64_t i = 0; i < padded; i += block) {
       ahead.fetch_lines(i);
       const Block step = Block::at(dt + i), x = Block::at(u + i), b = Block::at(B + i);
       Block a, w;
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
-        a.v[q] = exp2(step.v[q] * exponent);
+        a.v[q] = exp2_of(step.v[q] * exponent);
         w.v[q] = step.v[q] * x.v[q] * b.v[q];
       }
       a.to(a_to + i);

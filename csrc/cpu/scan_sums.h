@@ -40,10 +40,12 @@ inline void sums_of_lanes(const float* vectors, int64_t apart, int64_t count, fl
 
 inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t n) {
   float* sum = static_cast<float*>(to);
-  for (int64_t i = 0; i < n; ++i) {
-    float total = 0.0f;
-    for (int64_t b = 0; b < batch; ++b) total += from.floats()[b * n + i];
-    sum[i] = total;
+  const float* const first = from.floats();
+  for (int64_t i = 0; i < n; i += W) {
+    const int lanes = static_cast<int>(smaller_of(W, n - i));
+    V total = load_part(first + i, lanes);
+    for (int64_t b = 1; b < batch; ++b) total = total + load_part(first + b * n + i, lanes);
+    store_part(sum + i, total, lanes);
   }
 }
 
