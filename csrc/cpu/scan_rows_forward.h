@@ -152,6 +152,7 @@ void outputs(const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, 
     const char* ahead = i < next.count ? next.stretches[i].out : to;
     for (int64_t j = 0; j < t.n; j += block) {
       if (way == Way::stored) fetch_block<out>(ahead + j * size);
+      if (way == Way::streamed && j == 0) __builtin_prefetch(ahead, 0, 2);  // for its page's address: stores would wait for that
       if (j == whole) C = t.C_rest, to = later;
       V h = *entering++;
       Block states;
