@@ -250,7 +250,9 @@ def test_large_outputs_in_lanes(reverse, backend):
     with torch.no_grad():
         whole = selective_scan(**inputs, **options)
         for first in (0, 256):
-            part = {k: t[:, first : first + 16] if k in ("u", "delta") else t for k, t in inputs.items() if t is not None}
+            part = {
+                k: t[:, first : first + 16] if k in ("u", "delta") else t for k, t in inputs.items() if t is not None
+            }
             part |= {k: inputs[k][first : first + 16] for k in ("A", "D", "delta_bias")}
             assert torch.equal(whole[:, first : first + 16], selective_scan(**part, **options))
 

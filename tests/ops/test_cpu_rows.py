@@ -14,7 +14,9 @@ def native(poison):
     require(Backend.CPU)
 
 
-def inputs_of(channels: int, length: int, dtype: torch.dtype, state: int = 1, offset: int = 0) -> dict[str, torch.Tensor]:
+def inputs_of(
+    channels: int, length: int, dtype: torch.dtype, state: int = 1, offset: int = 0
+) -> dict[str, torch.Tensor]:
     """Of four directions; the sequences begin `offset` elements into their memory."""
     g = torch.Generator().manual_seed(length)
 
