@@ -52,7 +52,7 @@ sanitize: setup ## the CPU kernels under AddressSanitizer and UndefinedBehaviorS
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DASS_OPS_CPU=$$set OMP_NUM_THREADS=2 PYTHONPATH=. \
 	  "$$python" -m pytest -q -p no:cacheprovider -n $(WORKERS) --dist worksteal -m "not slow" \
 	  -k "cpu and not instruction_set and not (larger_maps and (37 or 96))" \
-	  $(foreach t,selective_scan bidirectional_scan ss2d cpu,tests/ops/test_$(t).py) || exit 1; done
+	  $(foreach t,selective_scan bidirectional_scan ss2d cpu cpu_rows,tests/ops/test_$(t).py) || exit 1; done
 
 lint: ## ruff
 	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
