@@ -9,7 +9,6 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <torch/library.h>
 
 #include <cstdlib>
 #include <cstring>

@@ -6,9 +6,10 @@ namespace dass::cpu {
 namespace {
 
 constexpr int64_t row_tile = 256;
-constexpr int64_t streaming_elements = int64_t{1} << 18;
-constexpr int64_t streaming_bytes = int64_t{1} << 20;  // from here on outputs bypass the caches
-constexpr int64_t kept_steps = 8192;  // of B and C, as copies for several channels
+constexpr int64_t streaming_elements = int64_t{1} << 18;  // of 4 bytes: from here on outputs bypass the caches
+constexpr int64_t streaming_bytes = 4 * streaming_elements;
+constexpr int64_t kept_steps = 8192;     // of B and C, as copies for several channels
+constexpr int64_t aligned_steps = 4096;  // float32 rows up to this length are copied only to align them: a task has eight or more
 constexpr int64_t batch_steps = 512, batch_blocks = batch_steps / block;
 
 // float32 rows are worked on as they lie, and turned into runs where the scan needs them; rows of 16-bit numbers become runs as
@@ -78,8 +79,6 @@ struct RowBatch {
   RowStretch stretches[batch_blocks];
   int64_t count = 0;
   bool reversed = false, shares = false;  // shares: several short rows to a square
-  const RowStretch* begin() const { return stretches; }
-  const RowStretch* end() const { return stretches + count; }
 };
 
 // A row of B or C for one state of a stretch, as floats: `row`, but for what comes after the whole blocks, which is in `rest`.
@@ -102,7 +101,7 @@ inline FoundRow find_row(const ScanForward& f, const RowStretch& t, const Projec
   const void* at = element(sizes.io, p.data, t.b * p.batch + t.k * p.direction + group * p.group + n * p.state + t.begin);
   if (at == before.at) return before;
   const char* row = static_cast<const char*>(at);
-  const bool copied = in_runs<io> || (sizes.length <= kept_steps / 2 && reinterpret_cast<uintptr_t>(at) % 64 != 0);
+  const bool copied = in_runs<io> || (sizes.length <= aligned_steps && reinterpret_cast<uintptr_t>(at) % 64 != 0);
   const int64_t whole = t.whole();
   if (at != kept) {
     if (copied)

@@ -42,7 +42,7 @@ struct RowBackwardPlan {
         d_D(4 * sequences() * pieces),
         d_bias(4 * sequences() * pieces),
         d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
-        streamed(2 * sequences() * sizes.length * size_of(sizes.io) >= 4 * streaming_elements) {}
+        streamed(2 * sequences() * sizes.length * size_of(sizes.io) >= streaming_bytes) {}
 
   int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
   int64_t slab_elements(const Projection& p) const {

@@ -143,13 +143,5 @@ inline void fill_row(float* to, float value, int64_t n) {
   for (int64_t i = 0; i < n; i += W) store(to + i, all(value));
 }
 
-inline float sum_of_lanes(V x) {
-  float lane[W];
-  store(lane, x);
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
-}
-
 }  // namespace
 }  // namespace dass::cpu
