@@ -61,14 +61,20 @@ def lay_out() -> Path:
     return FOLDER / "dass_ops" / built.name.replace("_C", "_emulated", 1)
 
 
+def library_of(name: str) -> str:
+    """The path of the compiler's own library of that name."""
+    command = [*os.environ.get("CXX", "g++").split(), f"-print-file-name=lib{name}.so"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return str(Path(found).resolve())
+
+
 def main(arguments: list[str]) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     compile_emulation(lay_out())
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # libstdc++ too: AddressSanitizer looks for __cxa_throw before Python has loaded that, and aborts at the first throw.
+    libraries = [library_of(name) for name in ("asan", "ubsan", "stdc++")]
     environment = os.environ | {
-        "LD_PRELOAD": str(Path(library).resolve()),
+        "LD_PRELOAD": " ".join(libraries),
         # Python and torch are not built for these; leaks are none of our business here.
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -83,9 +89,9 @@ def main(arguments: list[str]) -> int:
         "not slow",
         "-q",
     ]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen], cwd=FOLDER, env=environment
-    ).returncode
+    # capture=sys leaves the sanitizers' reports, which end the process, on the terminal.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *chosen]
+    return subprocess.run(command, cwd=FOLDER, env=environment).returncode
 
 
 if __name__ == "__main__":
