@@ -17,7 +17,7 @@ from report import WIDE, print_group, print_targets, row_as_dict, save_plot
 from rich.console import Console
 from session import Case, Session
 from targets import targets
-from timing import Candidate, available_cores
+from timing import Candidate, available_cores, quiet
 
 from dass.checkpoint import write_json
 
@@ -64,7 +64,7 @@ class Options:
     """Shapes on which the compiled peer runs; compiling takes up to a minute each. One: the shortest, its forward only, at
     the end of a run that has taken less than 36 s."""
     warm: bool = False
-    """Leave the caches as the previous call left them."""
+    """Time every call right after one like it on the same data, not from cold caches."""
     seconds: float = 2.0
     """Of timing, per group of rows (a shape and batch)."""
     limit: float = 3.0
@@ -210,8 +210,7 @@ def run(options: Options, console: Console) -> dict:
         name, cases = waiting.pop(0)
         start = time.perf_counter()
         with console.status(f"{name}: {len(cases)} rows"):
-            # Torch's threads wait for work at full speed for a while, beside which only one of two would count.
-            peak = Candidate("multiply-adds", lambda: session.bench.clock.once(multiply_adds, lambda: time.sleep(0.05)))
+            peak = Candidate("multiply-adds", lambda: session.bench.clock.once(multiply_adds, quiet))
             rows = session.run(cases, options.seconds, [peak] if multiply_adds else [])
         rate = multiply_adds.count / peak.statistics().least if peak.samples else None
         found = [row_as_dict(row, rows, multiply_adds=rate, gpu=rates, on_gpu=on_gpu) for row in rows]

@@ -18,13 +18,13 @@ import torch
 from implementations import OWN, PEER, REPLACED, YARDSTICK
 from oracle import Expected, Mismatch, expect
 from problems import TINY, Problem
-from timing import Candidate, Clock, Sample, Statistics, peak_memory, round_robin, saved_for_backward
+from timing import Candidate, Clock, Sample, Statistics, peak_memory, quiet, round_robin, saved_for_backward
 
 import dass_ops
 
-QUICK = 0.25  # seconds; calls that take less are repeated for their memory, after what only a first call allocates
+QUICK = 0.25  # seconds; calls that take less are repeated: for their memory, after what only a first call allocates; or warm
 STATE_COPIES = 16  # of all states, that a peer may hold at once
-SHORT = 0.02  # seconds; calls that take less are preceded by one on other data, or cold code would count
+SHORT = 0.02  # seconds; cold calls that take less are preceded by one on other data, or cold code would count
 
 # Environments by name. glibc's malloc: memory kept between calls, so that its pages are mapped once, or huge pages.
 ENVIRONMENTS = {
@@ -104,11 +104,7 @@ class Bench:
         try:
             with self._threads(case):
                 call = self._tried(case, implementation, expected, row)
-                code = None
-                if row.first_seconds < SHORT and self.device.type == "cpu" and self.clock.cold:
-                    d_out = self.inputs(case.problem)[1]
-                    code = implementation.bind(case.problem, self.copies(case.problem), d_out, case.training)
-                self._calls[case] = call, code
+                self._calls[case] = call, self._before(case, implementation, call, row.first_seconds)
         except Mismatch as problem:
             row.status, row.reason = "rejected", str(problem)
         except Exception as error:  # a peer may fail in any way; the others are still of interest
@@ -116,6 +112,17 @@ class Bench:
             if implementation.kind in (OWN, REPLACED):
                 traceback.print_exc()
         return row
+
+    def _before(self, case: Case, implementation, call: Callable, seconds: float) -> Callable | None:
+        """What is called, untimed, before each call (see Clock)."""
+        if self.device.type != "cpu":
+            return None
+        if not self.clock.cold:
+            return call if seconds < QUICK else None
+        if seconds >= SHORT:
+            return None
+        d_out = self.inputs(case.problem)[1]
+        return implementation.bind(case.problem, self.copies(case.problem), d_out, case.training)
 
     def _tried(self, case: Case, implementation, expected: Expected | None, row: Row) -> Callable:
         problem, training = case.problem, case.training
@@ -159,7 +166,16 @@ class Bench:
 
     def once(self, case: Case) -> Sample:
         with self._threads(case):
-            return self.clock.once(*self._calls[case])
+            sample = self.clock.once(*self._calls[case])
+        if self.known[case.implementation].kind == PEER:
+            quiet()  # it may have threads of its own
+        return sample
+
+    def once_and_quiet(self, case: Case) -> Sample:
+        """`once`, leaving nothing behind that runs: for a process beside others."""
+        sample = self.once(case)
+        quiet()
+        return sample
 
     @contextmanager
     def _threads(self, case: Case):
@@ -209,7 +225,8 @@ class Worker:
         return self._ask("prepare", case, expected)
 
     def once(self, case: Case) -> Sample:
-        return self._ask("once", case)
+        quiet()
+        return self._ask("once_and_quiet", case)
 
     def forget(self) -> None:
         self._ask("forget")

@@ -1,4 +1,4 @@
-"""Measuring: one call at a time from a cold cache, round robin over everything that is to be compared.
+"""Measuring: one call at a time, from cold caches or warm ones, round robin over everything that is to be compared.
 
 A machine's speed drifts by tens of percent within minutes. So candidates are never timed one after the other: each round
 calls each of them once, and medians of the same rounds are compared.
@@ -63,8 +63,8 @@ class Clock:
     which leaves nothing to be written back during the call; on a GPU by writing, which also keeps the queue busy while the
     host issues the call, so that short kernels are timed and not their launch.
 
-    On a CPU that evicts the code too. `code`, a call that does the same on other data, brings it back before the clock
-    starts, as the layers of a model do for each other.
+    `before` (CPU) is called just before the clock starts. Cold caches have lost the code as well: a call that does the same
+    on other data brings it back, as the layers of a model do for each other. Warm: the same call, which leaves its data too.
     """
 
     def __init__(self, device: str | torch.device, *, cold: bool = True):
@@ -73,14 +73,14 @@ class Clock:
         size = 1 << 28 if self.device.type == "cuda" else 2 * last_level_cache()
         self._filler = torch.zeros(size // 4, dtype=torch.float32, device=self.device) if cold else None
 
-    def once(self, call: Callable[[], object], code: Callable[[], object] | None = None) -> Sample:
+    def once(self, call: Callable[[], object], before: Callable[[], object] | None = None) -> Sample:
         """Calls once. What the call returns is freed after the clock has stopped."""
         if self.device.type == "cuda":
             return self._once_cuda(call)
         if self.cold:
             self._filler.sum()
-            if code is not None:
-                code()
+        if before is not None:
+            before()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         result = call()
@@ -101,6 +101,20 @@ class Clock:
         end.synchronize()
         del result
         return Sample(start.elapsed_time(end) / 1e3)
+
+
+def quiet(longest: float = 0.1) -> None:
+    """Waits until this process's threads sleep, `longest` seconds at most.
+
+    After a call OpenMP's threads wait for the next at full speed, for about 10 ms. Another process, or another library's pool
+    of threads in this one, meanwhile has one core less.
+    """
+    end = time.perf_counter() + longest
+    while time.perf_counter() < end:
+        busy = time.process_time()
+        time.sleep(0.002)
+        if time.process_time() - busy < 0.0005:
+            return
 
 
 @dataclass
