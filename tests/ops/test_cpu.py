@@ -427,6 +427,44 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_of_more_than_two_to_the_31_elements(reverse):
+    """One tensor serves as u, delta and the gradient of out, or memory would not do."""
+    backend = require(Backend.CPU)
+    if available_gigabytes() < 16:
+        pytest.skip(f"needs 16 GB of free memory, there are {available_gigabytes():.0f}")
+    torch.set_num_threads(2)
+    channels, pattern, times = 1024, 2**16 + 17, 33
+    length = pattern * times
+    assert channels * length > 2**31
+    g = torch.Generator().manual_seed(0)
+    big = torch.randn(1, channels, pattern, generator=g).bfloat16().repeat(1, 1, times)
+    B, C = (torch.randn(1, 1, pattern, generator=g).bfloat16().repeat(1, 1, times) for _ in range(2))
+    A, D = -torch.rand(channels, 1, generator=g) - 0.5, torch.randn(channels, generator=g)
+    bias = torch.full((channels,), -2.0)
+
+    def gradients(rows, end=slice(None), dtype=None, backend=backend):
+        """Of u and delta for some channels and steps."""
+        x, b, c = (t[..., end].to(dtype or t.dtype) for t in (big[:, rows], B, C))
+        a, d, shift = (t.to(dtype or t.dtype) for t in (A[rows], D[rows], bias[rows]))
+        u, delta = x.detach().requires_grad_(), x.detach().requires_grad_()
+        out = selective_scan(u, delta, a, b, c, d, None, shift, True, reverse=reverse, backend=backend)
+        edge = torch.autograd.graph.get_gradient_edge(out)
+        del out  # large, and not needed
+        return torch.autograd.grad(edge, (u, delta), x)
+
+    whole = [t[:, -1:].clone() for t in gradients(slice(None))]
+    alone = gradients(slice(-1, None))
+    assert all(map(torch.equal, whole, alone))
+    # Where the adjoint's walk ends, against the oracle: a few thousand steps back its beginning is forgotten. So is the state's.
+    middle = slice(length // 2, length // 2 + 6000)
+    expected = gradients(slice(-1, None), middle, torch.float64, Backend.REFERENCE)
+    for got, want in zip(alone, expected, strict=True):
+        near = want[..., 2000:4000]
+        torch.testing.assert_close(got[..., middle][..., 2000:4000].double(), near, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
 def test_map_of_more_than_two_to_the_31_elements():
     """The last 16 channels of a map equal the same channels on their own."""
     backend = require(Backend.CPU)
