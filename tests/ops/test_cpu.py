@@ -456,7 +456,7 @@ def test_gradients_of_more_than_two_to_the_31_elements(reverse):
     whole = [t[:, -1:].clone() for t in gradients(slice(None))]
     alone = gradients(slice(-1, None))
     assert all(map(torch.equal, whole, alone))
-    # Where the adjoint's walk ends, against the oracle: a few thousand steps back its beginning is forgotten. So is the state's.
+    # A stretch from within, against the oracle: what lies some thousand steps away on either side is forgotten.
     middle = slice(length // 2, length // 2 + 6000)
     expected = gradients(slice(-1, None), middle, torch.float64, Backend.REFERENCE)
     for got, want in zip(alone, expected, strict=True):
