@@ -15,6 +15,10 @@ namespace dass::cpu {
 // taken afterwards in a fixed order, so that results do not depend on the number of threads. Tasks are begun in order: one may wait for
 // what an earlier one sets.
 void parallel_tasks(int64_t count, void (*run)(void* context, int64_t task), void* context);
+// Runs run(context, begin, end) for ranges that together are 0 .. count, none shorter than `least` but for the last. For work on
+// consecutive memory, as torch's element-wise operators share it out: each thread begins with a share of its own, where it may find
+// what it wrote before, and takes from others' when that is done.
+void parallel_ranges(int64_t count, int64_t least, void (*run)(void* context, int64_t begin, int64_t end), void* context);
 int64_t thread_count();
 void set_flag(int32_t* flag);
 bool is_set(const int32_t* flag);
@@ -24,6 +28,11 @@ namespace {  // a lambda is a type of its translation unit
 template <typename Task>
 inline void parallel(int64_t count, Task task) {
   parallel_tasks(count, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); }, &task);
+}
+template <typename Task>
+inline void parallel_in_ranges(int64_t count, int64_t least, Task task) {
+  const auto run = [](void* context, int64_t begin, int64_t end) { (*static_cast<Task*>(context))(begin, end); };
+  parallel_ranges(count, least, run, &task);
 }
 }  // namespace
 

@@ -13,6 +13,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -96,6 +97,26 @@ Pool& pool() {
   return *the;
 }
 
+// What is left of a thread's share of some units of work: it takes half of that from the front, others from the back.
+class alignas(64) Share {
+ public:
+  void set(uint64_t begin, uint64_t end) { left_.store(begin << 32 | end, std::memory_order_relaxed); }
+  bool take(bool own, int64_t& begin, int64_t& end) {
+    uint64_t left = left_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t first = left >> 32, last = left & UINT32_MAX, taken = (last - first + 1) / 2;
+      if (first == last) return false;
+      begin = own ? first : last - taken;
+      end = begin + taken;
+      const uint64_t rest = own ? (first + taken) << 32 | last : first << 32 | (last - taken);
+      if (left_.compare_exchange_weak(left, rest, std::memory_order_relaxed)) return true;
+    }
+  }
+
+ private:
+  std::atomic<uint64_t> left_{0};
+};
+
 const Kernels* choose() {
   const char* wanted = std::getenv("DASS_OPS_CPU");
   const auto is_wanted = [&](const char* name) { return wanted == nullptr || *wanted == 0 || std::strcmp(wanted, name) == 0; };
@@ -127,6 +148,19 @@ void parallel_tasks(int64_t count, void (*run)(void*, int64_t), void* context) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(context, i);
+    if (scratch.bytes > kept_scratch) scratch.release();
+  });
+}
+
+void parallel_ranges(int64_t count, int64_t least, void (*run)(void*, int64_t, int64_t), void* context) {
+  const int64_t units = (count + least - 1) / least, threads = std::min<int64_t>(at::get_num_threads(), units);
+  if (threads <= 1) return count == 0 ? void() : run(context, 0, count);
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) shares[i].set(units * i / threads, units * (i + 1) / threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    int64_t begin, end;
+    for (int64_t i = 0; i < threads; ++i)
+      while (shares[(first + i) % threads].take(i == 0, begin, end)) run(context, begin * least, std::min(end * least, count));
     if (scratch.bytes > kept_scratch) scratch.release();
   });
 }

@@ -61,82 +61,47 @@ struct alignas(64) RowForwardScratch {
   }
 };
 
-// Steps [begin, begin + n) of one channel in one direction.
+// B or C for one state, as floats: `row`, but for what comes after the whole blocks, which is in `rest`, and zeros after that.
+struct FoundRows {
+  const float *row, *rest;
+  int64_t stride;  // from one channel to the next; 0: they share it
+};
+
+// Steps [begin, begin + n) of a channel in one direction.
 struct RowStretch {
   int64_t b, k, d, begin, n;
-  int64_t slot, blocks;   // its blocks in the scratch memory
   bool first, last;       // of the directions that are summed into out
   float* state;           // (N), that enters and becomes the one that leaves
   const char *delta, *u;  // I/O dtype
   char* out;
-  float bias, skip, exponent;
-  const float *B, *C, *B_rest, *C_rest;  // as floats; _rest: where the steps after the whole blocks are, and zeros after those
+  const float *bias, *skip, *A;  // null: 0, but for A
 
   int64_t whole() const { return n / block * block; }
+  int64_t blocks() const { return divide_up(n, block); }
 };
 
-struct RowBatch {
-  RowStretch stretches[batch_blocks];
+// The same steps of `count` consecutive channels: a stretch of a long row, or several short rows. What is said of the stretch is the
+// first channel's.
+struct RowBatch : RowStretch {
   int64_t count = 0;
-  bool reversed = false, shares = false;  // shares: several short rows to a square
+  bool reversed = false;
+  FoundRows B, C;
 };
-
-// A row of B or C for one state of a stretch, as floats: `row`, but for what comes after the whole blocks, which is in `rest`.
-struct FoundRow {
-  const void* at;
-  const float *row, *rest;
-};
-
-// A row in another dtype, or the rest, is a copy in `spare`: none is made where it was found `before`, or is `kept` there.
-template <Dtype io>
-inline FoundRow find_row(const ScanForward& f, const RowStretch& t, const Projection& p, int64_t n, const FoundRow& before,
-                         float* spare, const void* kept) {
-  const ScanSizes& sizes = f.sizes;
-  const int64_t padded = t.blocks * block;
-  if (p.constant) {
-    fill_row(spare, static_cast<const float*>(p.data)[(t.k * sizes.channels + t.d) * sizes.state + n], padded);
-    return {nullptr, spare, spare};
-  }
-  const int64_t group = p.groups == 1 ? 0 : t.d / (sizes.channels / p.groups);
-  const void* at = element(sizes.io, p.data, t.b * p.batch + t.k * p.direction + group * p.group + n * p.state + t.begin);
-  if (at == before.at) return before;
-  const char* row = static_cast<const char*>(at);
-  const bool copied = in_runs<io> || (sizes.length <= aligned_steps && reinterpret_cast<uintptr_t>(at) % 64 != 0);
-  const int64_t whole = t.whole();
-  if (at != kept) {
-    if (copied)
-      for (int64_t j = 0; j < whole; j += block) load_block<io>(row + j * size_of(io)).to(spare + j);
-    if (whole < t.n) load_part_of_block<io>(row + whole * size_of(io), t.n - whole).to(spare + whole);
-  }
-  return {at, copied ? spare : reinterpret_cast<const float*>(row), spare};
-}
-
-// Everything of a batch that differs from state to state.
-template <Dtype io>
-inline void find_state(const ScanForward& f, RowBatch& batch, int64_t n, RowForwardScratch& s) {
-  FoundRow B{}, C{};
-  for (int64_t i = 0; i < batch.count; ++i) {
-    RowStretch& t = batch.stretches[i];
-    const int64_t part = f.sizes.length <= kept_steps ? t.begin / batch_steps : 0, at = part * batch_steps + t.slot * block;
-    const bool again = i > 0 && t.k == (&t)[-1].k && t.begin == (&t)[-1].begin;  // the same steps of the next channel
-    if (!again || f.B.constant || f.B.groups != 1) B = find_row<io>(f, t, f.B, n, B, s.B + at, i == 0 ? s.B_kept[part] : nullptr);
-    if (!again || f.C.constant || f.C.groups != 1) C = find_row<io>(f, t, f.C, n, C, s.C + at, i == 0 ? s.C_kept[part] : nullptr);
-    if (i == 0) s.B_kept[part] = B.at, s.C_kept[part] = C.at;
-    t.B = B.row, t.B_rest = B.rest, t.C = C.row, t.C_rest = C.rest;
-    t.exponent = static_cast<const float*>(f.A)[(t.k * f.sizes.channels + t.d) * f.sizes.state + n] * log2_e;
-  }
-}
 
 // The batches of a task in their order: channel by channel, in each the directions that are summed, in each its row in scan order.
 struct RowWalk {
   const ScanForward& f;
   const int64_t end, first, last, parts = divide_up(f.sizes.length, batch_steps);
   const int64_t size = size_of(f.sizes.io), out_size = size_of(f.sizes.out);
-  const bool shares = W == 16 && f.sizes.length <= W * W / 2;
+  const int64_t delta_stride = f.delta.channel * size, u_stride = f.u.channel * size, out_stride = f.sizes.length * out_size;  // bytes
+  const bool shares = W == 16 && f.sizes.length <= W * W / 2;  // several short rows to a square
+  // Of the scratch memory a row takes this many blocks.
+  const int64_t blocks = divide_up(smaller_of(f.sizes.length, batch_steps), block), slots = shares ? blocks : round_up(blocks, square_blocks);
+  const int64_t rows_together = first == last ? batch_blocks / slots : 1;
   float* const sum;  // (length): of the directions
   int64_t from = 0, until = parts, walked = 0;
   int64_t first_of_sum = first, last_of_sum = last;
-  RowStretch row{};  // of the row that is walked: what its stretches share, and where it begins
+  RowStretch row{};  // that is walked, all of it
 
   RowWalk(const ScanForward& f, int64_t b, int64_t d, int64_t end, int64_t first, int64_t last, float* sum)
       : f(f), end(end), first(first), last(last), sum(sum) {
@@ -160,58 +125,90 @@ struct RowWalk {
     const auto at = [&](const Sequence& of) {
       return static_cast<const char*>(of.data) + (row.b * of.batch + k * of.direction + d * of.channel) * size;
     };
+    const auto parameter = [&](const void* of, int64_t i) { return of == nullptr ? nullptr : static_cast<const float*>(of) + i; };
     row.k = k;
     row.d = d;
+    row.n = sizes.length;
     row.first = k == first_of_sum;
     row.last = k == last_of_sum;
     row.state = static_cast<float*>(f.last_state) + sequence * sizes.state;
     row.delta = at(f.delta);
     row.u = at(f.u);
-    row.out = static_cast<char*>(f.out) + (sizes.shared ? row.b * sizes.channels + d : sequence) * sizes.length * out_size;
-    enter_parameters();
+    row.out = static_cast<char*>(f.out) + (sizes.shared ? row.b * sizes.channels + d : sequence) * out_stride;
+    row.bias = parameter(f.delta_bias, channel);
+    row.skip = parameter(f.D, channel);
+    row.A = parameter(f.A, channel * sizes.state);
   }
-  void enter_parameters() {
-    const int64_t channel = row.k * f.sizes.channels + row.d;
-    row.bias = f.delta_bias == nullptr ? 0.0f : static_cast<const float*>(f.delta_bias)[channel];
-    row.skip = f.D == nullptr ? 0.0f : static_cast<const float*>(f.D)[channel];
-  }
-  void leave_row() {
+  void leave_rows(int64_t count) {
     walked = from;
     if (row.k != last) return enter_row(row.k + 1, row.d);
-    if (++row.d == end) return;
+    row.d += count;
+    if (row.d == end) return;
     if (first != last) return enter_row(first, row.d);
-    row.state += f.sizes.state;
-    row.delta += f.delta.channel * size;
-    row.u += f.u.channel * size;
-    row.out += f.sizes.length * out_size;
-    enter_parameters();
+    row.state += count * f.sizes.state;
+    row.delta += count * delta_stride;
+    row.u += count * u_stride;
+    row.out += count * out_stride;
+    if (row.bias != nullptr) row.bias += count;
+    if (row.skip != nullptr) row.skip += count;
+    row.A += count * f.sizes.state;
+  }
+
+  // No more channels than belong to one group.
+  void share_group(const Projection& p, RowBatch& batch) const {
+    if (p.constant || p.groups == 1) return;
+    const int64_t channels = f.sizes.channels / p.groups;
+    batch.count = smaller_of(batch.count, channels - row.d % channels);
   }
 
   void fill(RowBatch& batch) {
-    const int64_t L = f.sizes.length;
-    int64_t count = 0;
-    for (int64_t slot = 0; row.d < end;) {
-      const bool reversed = f.sizes.reversed(row.k);
-      const int64_t begin = (reversed ? parts - 1 - walked : walked) * batch_steps, n = smaller_of(batch_steps, L - begin);
-      const int64_t blocks = divide_up(n, block), slots = shares ? blocks : round_up(blocks, square_blocks);
-      if (slot + slots > batch_blocks || (slot != 0 && reversed != batch.reversed)) break;
-      batch.reversed = reversed;
-      RowStretch& t = batch.stretches[count++];
-      t = row;
-      t.begin = begin;
-      t.n = n;
-      t.slot = slot;
-      t.blocks = blocks;
-      t.delta += begin * size;
-      t.u += begin * size;
-      t.out += begin * out_size;
-      slot += slots;
-      if (++walked == until) leave_row();
+    batch.count = 0;
+    if (row.d >= end) return;
+    static_cast<RowStretch&>(batch) = row;
+    batch.reversed = f.sizes.reversed(row.k);
+    batch.count = smaller_of(rows_together, end - row.d);
+    if (batch.count > 1) share_group(f.B, batch), share_group(f.C, batch);
+    if (parts > 1) {
+      batch.begin = (batch.reversed ? parts - 1 - walked : walked) * batch_steps;
+      batch.n = smaller_of(batch_steps, row.n - batch.begin);
+      batch.delta += batch.begin * size;
+      batch.u += batch.begin * size;
+      batch.out += batch.begin * out_size;
     }
-    batch.shares = shares;
-    batch.count = count;
+    if (++walked == until) leave_rows(batch.count);
   }
 };
+
+// A row in another dtype, or the rest, is a copy in `spare`: none is made where it is `kept` there.
+template <Dtype io>
+inline FoundRows find_rows(const RowWalk& walk, const RowBatch& t, const Projection& p, int64_t n, float* spare, const void*& kept) {
+  const ScanSizes& sizes = walk.f.sizes;
+  if (p.constant) {
+    const float* constants = static_cast<const float*>(p.data) + (t.k * sizes.channels + t.d) * sizes.state + n;
+    const int64_t stride = walk.slots * block;
+    for (int64_t i = 0; i < t.count; ++i) fill_row(spare + i * stride, constants[i * sizes.state], t.blocks() * block);
+    return {spare, spare, stride};
+  }
+  const int64_t group = p.groups == 1 ? 0 : t.d / (sizes.channels / p.groups), whole = t.whole();
+  const void* at = element(sizes.io, p.data, t.b * p.batch + t.k * p.direction + group * p.group + n * p.state + t.begin);
+  const char* row = static_cast<const char*>(at);
+  const bool copied = in_runs<io> || (sizes.length <= aligned_steps && reinterpret_cast<uintptr_t>(at) % 64 != 0);
+  if (at != kept) {
+    if (copied)
+      for (int64_t j = 0; j < whole; j += block) load_block<io>(row + j * size_of(io)).to(spare + j);
+    if (whole < t.n) load_part_of_block<io>(row + whole * size_of(io), t.n - whole).to(spare + whole);
+    kept = at;
+  }
+  return {copied ? spare : reinterpret_cast<const float*>(row), spare, 0};
+}
+
+// Everything of a batch that differs from state to state.
+template <Dtype io>
+inline void find_state(const RowWalk& walk, RowBatch& batch, int64_t n, RowForwardScratch& s) {
+  const int64_t part = walk.f.sizes.length <= kept_steps ? batch.begin / batch_steps : 0, at = part * batch_steps;
+  batch.B = find_rows<io>(walk, batch, walk.f.B, n, s.B + at, s.B_kept[part]);
+  batch.C = find_rows<io>(walk, batch, walk.f.C, n, s.C + at, s.C_kept[part]);
+}
 
 }  // namespace
 }  // namespace dass::cpu

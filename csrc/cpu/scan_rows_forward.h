@@ -17,29 +17,29 @@ inline void fetch_block(const char* at) {
 
 // Step sizes of a batch, 0 (which leaves the state as it is) beyond the end of a row; of `later` what it will need.
 template <Dtype io>
-void step_sizes(const RowBatch& batch, const RowBatch& later, RowForwardScratch& s, bool with_softplus) {
+void step_sizes(const RowWalk& walk, const RowBatch& batch, const RowBatch& later, RowForwardScratch& s) {
   constexpr int64_t size = size_of(io);
   const auto each = [&](auto step_size) {
-    for (int64_t i = 0; i < batch.count; ++i) {
-      const RowStretch& t = batch.stretches[i];
-      const char *from = t.delta, *ahead = i < later.count ? later.stretches[i].delta : from;
-      float* dt = s.dt + t.slot * block;
-      const int64_t whole = t.whole();
-      const V bias = all(t.bias);
-      for (int64_t j = 0; j < t.n; j += block) {
+    const int64_t count = batch.count, n = batch.n, whole = batch.whole(), slot = walk.slots * block, stride = walk.delta_stride;
+    const float* const bias = batch.bias;
+    for (int64_t i = 0; i < count; ++i) {
+      const char *from = batch.delta + i * stride, *ahead = i < later.count ? later.delta + i * stride : from;
+      float* dt = s.dt + i * slot;
+      const V shift_by = all(bias == nullptr ? 0.0f : bias[i]);
+      for (int64_t j = 0; j < n; j += block) {
         fetch_block<io>(ahead + j * size);
-        const Block delta = j < whole ? load_block<io>(from + j * size) : load_part_of_block<io>(from + j * size, t.n - j);
+        const Block delta = j < whole ? load_block<io>(from + j * size) : load_part_of_block<io>(from + j * size, n - j);
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l) store(dt + j + l * W, step_size(delta.v[l] + bias));
+        for (int l = 0; l < 4; ++l) store(dt + j + l * W, step_size(delta.v[l] + shift_by));
       }
-      if (whole == t.n) continue;
+      if (whole == n) continue;
       if (in_runs<io>)
-        zero_beyond(dt + whole, t.n - whole);
+        zero_beyond(dt + whole, n - whole);
       else
-        load_part_of_block<io>(reinterpret_cast<const char*>(dt + whole), t.n - whole).to(dt + whole);
+        load_part_of_block<io>(reinterpret_cast<const char*>(dt + whole), n - whole).to(dt + whole);
     }
   };
-  if (!with_softplus) return each([&](V x) { return x; });
+  if (!walk.f.sizes.delta_softplus) return each([&](V x) { return x; });
 #if defined(DASS_VECTOR_TABLE)
   SoftplusNear near;
   each([&](V x) { return near(x); });
@@ -51,20 +51,23 @@ void step_sizes(const RowBatch& batch, const RowBatch& later, RowForwardScratch&
 
 // Decays and inputs as runs, what each run does to the state, and what skips the state.
 template <Dtype io, bool reversed>
-void decays_and_inputs(const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, bool starts) {
+void decays_and_inputs(const RowWalk& walk, const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, int64_t state) {
   constexpr int64_t size = size_of(io);
-  for (int64_t i = 0; i < batch.count; ++i) {
-    const RowStretch& t = batch.stretches[i];
-    const char *u = t.u, *ahead = i < next.count ? next.stretches[i].u : u;
-    const float *dt = s.dt + t.slot * block, *B = t.B;
-    float *a_to = s.a + t.slot * block, *w_to = s.w + t.slot * block, *y_to = s.y + t.slot * block;
-    Effect* runs = s.runs + t.slot;
-    const V exponent = all(t.exponent), skip = all(t.skip);
-    const int64_t whole = t.whole();
-    for (int64_t j = 0; j < t.n; j += block) {
+  const int64_t count = batch.count, n = batch.n, whole = batch.whole(), slots = walk.slots, stride = walk.u_stride;
+  const int64_t states = walk.f.sizes.state;
+  const float *const A = batch.A + state, *const D = batch.skip;
+  const bool starts = state == 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const char *u = batch.u + i * stride, *ahead = i < next.count ? next.u + i * stride : u;
+    const int64_t slot = i * slots * block;
+    const float *dt = s.dt + slot, *B = batch.B.row + i * batch.B.stride;
+    float *a_to = s.a + slot, *w_to = s.w + slot, *y_to = s.y + slot;
+    Effect* runs = s.runs + i * slots;
+    const V exponent = all(A[i * states] * log2_e), skip = all(D == nullptr ? 0.0f : D[i]);
+    for (int64_t j = 0; j < n; j += block) {
       fetch_block<io>(ahead + j * size);
-      if (j == whole) B = t.B_rest;
-      const Block x = j < whole ? load_block<io>(u + j * size) : load_part_of_block<io>(u + j * size, t.n - j);
+      if (j == whole) B = batch.B.rest + i * batch.B.stride;
+      const Block x = j < whole ? load_block<io>(u + j * size) : load_part_of_block<io>(u + j * size, n - j);
       Block a, w;
 #pragma GCC unroll 4
       for (int l = 0; l < 4; ++l) {
@@ -81,53 +84,50 @@ void decays_and_inputs(const RowBatch& batch, const RowBatch& next, RowForwardSc
   }
 }
 
-// From the state that enters a stretch to those that enter its runs.
-template <bool reversed>
-void enter_stretch(const RowStretch& t, RowForwardScratch& s, float* state) {
-  V carry = all(*state);
-  enter_blocks<reversed>(s.runs + t.slot, s.entering + t.slot, t.blocks, carry);
-  store_part(state, carry, 1);
-}
-
-// The same for short rows, `span` vectors each, that share squares.
+// The states that enter the runs of short rows, `span` vectors each, that share squares.
 template <bool reversed, int span>
-void enter_short_rows(const RowBatch& batch, RowForwardScratch& s, int64_t n, bool from_zero) {
-  constexpr int shared = W / span;
+void enter_short_rows(const RowBatch& batch, RowForwardScratch& s, int64_t N, int64_t n, bool from_zero) {
+  constexpr int64_t shared = W / span, slots = span / 4;
   for (int64_t begin = 0; begin < batch.count; begin += shared) {
-    const RowStretch* rows = batch.stretches + begin;
-    const int64_t present = smaller_of(shared, batch.count - begin), first = rows->slot;
+    float* const states = batch.state + begin * N + n;
+    const int64_t present = smaller_of(shared, batch.count - begin), first = begin * slots;
     float lanes[W] = {};
     V carry = all(0.0f);
     if (!from_zero) {
       for (int64_t j = 0; j < present; ++j)
-        for (int64_t lane = 0; lane < span; ++lane) lanes[j * span + lane] = rows[j].state[n];
+        for (int64_t lane = 0; lane < span; ++lane) lanes[j * span + lane] = states[j * N];
       carry = load(lanes);
     }
-    for (int64_t i = present * span / 4; i < square_blocks; ++i) s.runs[first + i] = {all(1.0f), all(0.0f)};
+    for (int64_t i = present * slots; i < square_blocks; ++i) s.runs[first + i] = {all(1.0f), all(0.0f)};
     enter_square<reversed, span>(s.runs + first, s.entering + first, carry);
     store(lanes, carry);
-    for (int64_t j = 0; j < present; ++j) rows[j].state[n] = lanes[j * span + (reversed ? 0 : span - 1)];
+    for (int64_t j = 0; j < present; ++j) states[j * N] = lanes[j * span + (reversed ? 0 : span - 1)];
   }
 }
 
 // One of N states through a batch.
 template <bool reversed>
-void enter_batch(const ScanForward& f, const RowBatch& batch, RowForwardScratch& s, int64_t n) {
-  const int64_t N = f.sizes.state, chunk = f.sizes.chunk;
-  if (!batch.shares) {
-    for (int64_t i = 0; i < batch.count; ++i)
-      enter_stretch<reversed>(batch.stretches[i], s, batch.stretches[i].state + n);
+void enter_batch(const RowWalk& walk, const RowBatch& batch, RowForwardScratch& s, int64_t n) {
+  const ScanForward& f = walk.f;
+  const int64_t N = f.sizes.state, chunk = f.sizes.chunk, blocks = batch.blocks(), slots = walk.slots;
+  if (!walk.shares) {
+    for (int64_t i = 0; i < batch.count; ++i) {
+      float* const state = batch.state + i * N + n;
+      V carry = all(*state);
+      enter_blocks<reversed>(s.runs + i * slots, s.entering + i * slots, blocks, carry);
+      store_part(state, carry, 1);
+    }
   } else if constexpr (W == 16) {
-    batch.stretches[0].blocks == 1 ? enter_short_rows<reversed, 4>(batch, s, n, f.initial_state == nullptr) : enter_short_rows<reversed, 8>(batch, s, n, f.initial_state == nullptr);
+    const bool from_zero = f.initial_state == nullptr;
+    blocks == 1 ? enter_short_rows<reversed, 4>(batch, s, N, n, from_zero) : enter_short_rows<reversed, 8>(batch, s, N, n, from_zero);
   }
   if (chunk == 0) return;
   for (int64_t i = 0; i < batch.count; ++i) {
-    const RowStretch& t = batch.stretches[i];
-    const int64_t sequence = (t.b * f.sizes.directions + t.k) * f.sizes.channels + t.d;
-    float* boundary = static_cast<float*>(f.boundary_states) + (sequence * f.sizes.chunks + t.begin / chunk) * N + n;
-    for (int64_t begin = 0; begin < t.n; begin += chunk, boundary += N) {  // the state before a chunk's first run, or its last
-      const int64_t entered = reversed ? smaller_of(begin + chunk, t.blocks * block) / block - 1 : begin / block;
-      *boundary = reinterpret_cast<const float*>(s.entering + t.slot + entered)[reversed ? W - 1 : 0];
+    const int64_t sequence = (batch.b * f.sizes.directions + batch.k) * f.sizes.channels + batch.d + i;
+    float* boundary = static_cast<float*>(f.boundary_states) + (sequence * f.sizes.chunks + batch.begin / chunk) * N + n;
+    for (int64_t begin = 0; begin < batch.n; begin += chunk, boundary += N) {  // the state before a chunk's first run, or its last
+      const int64_t entered = reversed ? smaller_of(begin + chunk, blocks * block) / block - 1 : begin / block;
+      *boundary = reinterpret_cast<const float*>(s.entering + i * slots + entered)[reversed ? W - 1 : 0];
     }
   }
 }
@@ -139,21 +139,21 @@ constexpr int64_t later_from = 1024;  // bytes of a row: the ends of shorter one
 
 // From those to all states, and what they add to y.
 template <Dtype io, Dtype out, bool reversed>
-void outputs(const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, Way way) {
+void outputs(const RowWalk& walk, const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, Way way) {
   constexpr int64_t size = size_of(out);
-  for (int64_t i = 0; i < batch.count; ++i) {
-    const RowStretch& t = batch.stretches[i];
-    const float *a = s.a + t.slot * block, *w = s.w + t.slot * block;
-    float* y = s.y + t.slot * block;
-    const float* C = t.C;
-    const V* entering = s.entering + t.slot;
-    const int64_t whole = t.whole();
-    char *later = s.out + t.slot * block * size, *to = way == Way::stream_later ? later : t.out;
-    const char* ahead = i < next.count ? next.stretches[i].out : to;
-    for (int64_t j = 0; j < t.n; j += block) {
+  const int64_t count = batch.count, n = batch.n, whole = batch.whole(), slots = walk.slots, stride = walk.out_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = i * slots * block;
+    const float *a = s.a + slot, *w = s.w + slot;
+    float* y = s.y + slot;
+    const V* entering = s.entering + i * slots;
+    const float* C = batch.C.row + i * batch.C.stride;
+    char *row = batch.out + i * stride, *later = s.out + slot * size, *to = way == Way::stream_later ? later : row;
+    const char* ahead = i < next.count ? next.out + i * stride : row;
+    if (way == Way::streamed) __builtin_prefetch(ahead, 0, 2);  // for its page's address: stores would wait for that
+    for (int64_t j = 0; j < n; j += block) {
       if (way == Way::stored) fetch_block<out>(ahead + j * size);
-      if (way == Way::streamed && j == 0) __builtin_prefetch(ahead, 0, 2);  // for its page's address: stores would wait for that
-      if (j == whole) C = t.C_rest, to = later;
+      if (j == whole) C = batch.C.rest + i * batch.C.stride, to = later;
       V h = *entering++;
       Block states;
       along_run<reversed>([&](int l) { states.v[l] = h = fma(load(a + j + l * W), h, load(w + j + l * W)); });
@@ -171,81 +171,83 @@ void outputs(const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, 
   }
 }
 
-// What is left to be done to y where it does not go straight to `out`.
+// What is left to be done to y of the i-th row where it does not go straight to `out`.
 template <Dtype io>
-inline void finish_stretch(const ScanForward& f, const RowStretch& t, RowForwardScratch& s, float* sum) {
-  float* y = s.y + t.slot * block;
+inline void finish_stretch(const RowWalk& walk, const RowBatch& batch, int64_t i, RowForwardScratch& s) {
+  const ScanForward& f = walk.f;
+  const int64_t slot = i * walk.slots * block, padded = batch.blocks() * block, n = batch.n;
+  float *y = s.y + slot, *sum = walk.sum + batch.begin;
   if (in_runs<io>)
-    for (int64_t j = 0; j < t.n; j += block) Block::at(y + j).turned().to(y + j);
+    for (int64_t j = 0; j < n; j += block) Block::at(y + j).turned().to(y + j);
   if (f.sizes.shared) {
-    sum += t.begin;
-    if (!t.first)
-      for (int64_t i = 0; i < t.n; i += W)
-        store(y + i, load(y + i) + load_part(sum + i, static_cast<int>(smaller_of(W, t.n - i))));
-    if (!t.last) return store_row(Dtype::float32, sum, y, t.n);
+    if (!batch.first)
+      for (int64_t j = 0; j < n; j += W) store(y + j, load(y + j) + load_part(sum + j, static_cast<int>(smaller_of(W, n - j))));
+    if (!batch.last) return store_row(Dtype::float32, sum, y, n);
   }
   if (f.z.data != nullptr) {
-    const int64_t padded = t.blocks * block;
-    const void* z = element(f.sizes.io, f.z.data, t.b * f.z.batch + t.k * f.z.direction + t.d * f.z.channel + t.begin);
-    gate_row(y, row_of(f.sizes.io, z, s.z, t.n, padded), padded);
+    const void* z = element(f.sizes.io, f.z.data,
+                            batch.b * f.z.batch + batch.k * f.z.direction + (batch.d + i) * f.z.channel + batch.begin);
+    gate_row(y, row_of(f.sizes.io, z, s.z, n, padded), padded);
   }
-  store_row(f.sizes.out, t.out, y, t.n);
+  store_row(f.sizes.out, batch.out + i * walk.out_stride, y, n);
 }
 
 // The step sizes of the batch are there; those of the next are taken on the way.
 template <Dtype io, bool reversed>
 void forward_batch(const RowWalk& walk, RowBatch& batch, const RowBatch& next, const RowBatch& later, RowForwardScratch& s,
-                   bool streamed) {
+                   Way way) {
   const ScanForward& f = walk.f;
   const ScanSizes& sizes = f.sizes;
-  const int64_t L = sizes.length, N = sizes.state, size = size_of(sizes.out);
-  const bool aligned = (reinterpret_cast<uintptr_t>(f.out) | L * size) % 64 == 0, straight = f.z.data == nullptr && !sizes.shared;
-  const Way way = !straight                               ? Way::kept
-                  : streamed && aligned                   ? Way::streamed
-                  : streamed && L * size >= later_from    ? Way::stream_later
-                                                          : Way::stored;
-  const RowStretch *const begin = batch.stretches, *const end = begin + batch.count;
-  for (const RowStretch* t = begin; t < end; ++t) {
+  const int64_t N = sizes.state, n = batch.n;
+  if (reversed ? batch.begin + n == sizes.length : batch.begin == 0) {
+    const int64_t sequence = (batch.b * sizes.directions + batch.k) * sizes.channels + batch.d;
     const auto* initial = static_cast<const float*>(f.initial_state);
-    const int64_t sequence = (t->b * sizes.directions + t->k) * sizes.channels + t->d;
-    if (reversed ? t->begin + t->n == L : t->begin == 0)
-      for (int64_t i = 0; i < N; ++i) t->state[i] = initial == nullptr ? 0.0f : initial[sequence * N + i];
+    for (int64_t i = 0; i < batch.count * N; ++i) batch.state[i] = initial == nullptr ? 0.0f : initial[sequence * N + i];
   }
   for (int64_t i = 0; i < N; ++i) {
-    find_state<io>(f, batch, i, s);
-    decays_and_inputs<io, reversed>(batch, next, s, i == 0);
+    find_state<io>(walk, batch, i, s);
+    decays_and_inputs<io, reversed>(walk, batch, next, s, i);
     s.stream_pending();
-    enter_batch<reversed>(f, batch, s, i);
+    enter_batch<reversed>(walk, batch, s, i);
     const bool ends = i == N - 1;
-    if (ends) step_sizes<io>(next, later, s, sizes.delta_softplus);  // worked on while the steps of enter_batch wait for each other
+    if (ends) step_sizes<io>(walk, next, later, s);  // worked on while the steps of enter_batch wait for each other
     if (ends && way != Way::kept)
-      with_dtype(sizes.out, [&](auto out) { outputs<io, out(), reversed>(batch, next, s, way); });
+      with_dtype(sizes.out, [&](auto out) { outputs<io, out(), reversed>(walk, batch, next, s, way); });
     else
-      outputs<io, Dtype::float32, reversed>(batch, next, s, Way::kept);
+      outputs<io, Dtype::float32, reversed>(walk, batch, next, s, Way::kept);
   }
-  for (const RowStretch* t = begin; t < end; ++t) {
-    const int64_t done = way == Way::stream_later ? 0 : t->whole();
-    const char* rest = s.out + (t->slot * block + done) * size;
-    if (way == Way::kept)
-      finish_stretch<io>(f, *t, s, walk.sum);
-    else if (way == Way::stream_later)
-      s.pending[s.pending_count++] = {t->out, rest, t->n * size};
-    else if (done < t->n)
-      __builtin_memcpy(t->out + done * size, rest, (t->n - done) * size);
+  if (way == Way::kept)
+    for (int64_t i = 0; i < batch.count; ++i) finish_stretch<io>(walk, batch, i, s);
+  const int64_t done = way == Way::kept ? n : way == Way::stream_later ? 0 : batch.whole(), size = walk.out_size;
+  if (done == n) return;
+  for (int64_t i = 0; i < batch.count; ++i) {
+    const char* rest = s.out + (i * walk.slots * block + done) * size;
+    char* to = batch.out + i * walk.out_stride + done * size;
+    if (way == Way::stream_later)
+      s.pending[s.pending_count++] = {to, rest, n * size};
+    else
+      __builtin_memcpy(to, rest, (n - done) * size);
   }
 }
 
 void forward_walk(RowWalk& walk, RowForwardScratch& s, bool streamed) {
+  const ScanForward& f = walk.f;
+  const int64_t row_bytes = walk.out_stride;
+  const bool aligned = (reinterpret_cast<uintptr_t>(f.out) | row_bytes) % 64 == 0, straight = f.z.data == nullptr && !f.sizes.shared;
+  const Way way = !straight                            ? Way::kept
+                  : streamed && aligned                ? Way::streamed
+                  : streamed && row_bytes >= later_from ? Way::stream_later
+                                                       : Way::stored;
   RowBatch batches[3];
   s.forget();
-  with_dtype(walk.f.sizes.io, [&](auto io) {
+  with_dtype(f.sizes.io, [&](auto io) {
     walk.fill(batches[0]);
     walk.fill(batches[1]);
-    step_sizes<io()>(batches[0], batches[1], s, walk.f.sizes.delta_softplus);
+    step_sizes<io()>(walk, batches[0], batches[1], s);
     for (int64_t i = 0; batches[i].count != 0; i = (i + 1) % 3) {
       RowBatch &batch = batches[i], &next = batches[(i + 1) % 3], &later = batches[(i + 2) % 3];
       walk.fill(later);
-      (batch.reversed ? forward_batch<io(), true> : forward_batch<io(), false>)(walk, batch, next, later, s, streamed);
+      (batch.reversed ? forward_batch<io(), true> : forward_batch<io(), false>)(walk, batch, next, later, s, way);
     }
   });
   s.stream_pending();
@@ -254,41 +256,42 @@ void forward_walk(RowWalk& walk, RowForwardScratch& s, bool streamed) {
 // The effects of a piece on its states, with the operations of forward_batch, so that the carries come out the same.
 template <Dtype io, bool reversed>
 int64_t effects_of_piece(RowWalk walk, RowForwardScratch& s, const PieceEffects& effects) {
-  const ScanForward& f = walk.f;
   int64_t found = 0;
   RowBatch batch;
   const RowBatch none{};
   s.forget();
   for (walk.fill(batch); batch.count != 0; walk.fill(batch)) {
-    const RowStretch& t = batch.stretches[0];  // alone: rows in pieces are long
-    step_sizes<io>(batch, none, s, f.sizes.delta_softplus);
-    for (int64_t i = 0; i < f.sizes.state; ++i) {
-      find_state<io>(f, batch, i, s);
-      decays_and_inputs<io, reversed>(batch, none, s, false);
-      PieceEffects::find<reversed>(effects, i, found, s.runs + t.slot, s.entering + t.slot, t.blocks);
+    step_sizes<io>(walk, batch, none, s);
+    for (int64_t i = 0; i < walk.f.sizes.state; ++i) {
+      find_state<io>(walk, batch, i, s);
+      decays_and_inputs<io, reversed>(walk, batch, none, s, i);
+      PieceEffects::find<reversed>(effects, i, found, s.runs, s.entering, batch.blocks());
     }
-    found += divide_up(t.blocks * block, W * W);
+    found += divide_up(batch.blocks() * block, W * W);
   }
   return found;
 }
 
+constexpr int64_t range_steps = 8192;  // of the shortest range of rows that a thread takes
+
 bool scan_forward_rows(const ScanForward& f) {
   const ScanSizes& sizes = f.sizes;
   const int64_t D = sizes.channels, L = sizes.length, N = sizes.state, outputs = sizes.outputs();
-  const int64_t per_task = larger_of(1, smaller_of(D, 32768 / (L * N))), tasks = divide_up(D, per_task);
-  const int64_t pieces = divide_up(L, row_piece), padded = sizes.shared ? round_up(L, 16) : 0;
-  const bool streamed = sizes.batch * outputs * D * L * size_of(sizes.out) >= streaming_bytes;
-  if (!worth_pieces(sizes.batch * outputs * tasks, pieces)) {
-    parallel(sizes.batch * outputs * tasks, [&](int64_t task) {
-      const int64_t b = task / (outputs * tasks), o = task / tasks % outputs, begin = task % tasks * per_task;
-      const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
+  const int64_t rows = sizes.batch * outputs * D, pieces = divide_up(L, row_piece), padded = sizes.shared ? round_up(L, 16) : 0;
+  const bool streamed = rows * L * size_of(sizes.out) >= streaming_bytes;
+  if (!worth_pieces(rows, pieces)) {
+    parallel_in_ranges(rows, larger_of(1, range_steps / (L * N)), [&](int64_t begin, int64_t end) {
       auto* scratch = static_cast<RowForwardScratch*>(thread_scratch(sizeof(RowForwardScratch) + 4 * padded));
-      RowWalk walk(f, b, begin, smaller_of(begin + per_task, D), first, last, reinterpret_cast<float*>(scratch + 1));
-      forward_walk(walk, *scratch, streamed);
+      while (begin < end) {  // of each direction
+        const int64_t b = begin / (outputs * D), o = begin / D % outputs, d = begin % D, until = smaller_of(D, d + end - begin);
+        const int64_t first = sizes.shared ? 0 : o, last = sizes.shared ? sizes.directions - 1 : o;
+        RowWalk walk(f, b, d, until, first, last, reinterpret_cast<float*>(scratch + 1));
+        forward_walk(walk, *scratch, streamed);
+        begin += until - d;
+      }
     });
     return true;
   }
-  const int64_t rows = sizes.batch * outputs * D;
   const Buffer sums(4 * rows * padded);
   run_pieces(rows, sizes.shared ? sizes.directions : 1, pieces, N, [&](const PieceCarry& at) {
     const int64_t d = at.row % D, k = sizes.shared ? at.direction : at.row / D % outputs, b = at.row / (D * outputs);

@@ -14,7 +14,7 @@ inline __m512i runs_of_pairs(int half) {
   return _mm512_add_epi32(_mm512_setr_epi32(0, 16, 4, 20, 8, 24, 12, 28, 1, 17, 5, 21, 9, 25, 13, 29), _mm512_set1_epi32(2 * half));
 }
 
-inline void store_pairs(uint16_t* p, __m512i first, __m512i second, bool streamed) {
+__attribute__((always_inline)) inline void store_pairs(uint16_t* p, __m512i first, __m512i second, bool streamed) {
   const __m512i low = _mm512_permutex2var_epi32(first, runs_of_pairs(0), second);
   const __m512i high = _mm512_permutex2var_epi32(first, runs_of_pairs(1), second);
   if (streamed) {
@@ -26,7 +26,7 @@ inline void store_pairs(uint16_t* p, __m512i first, __m512i second, bool streame
   }
 }
 
-inline void load_runs_bfloat16(const uint16_t* p, V* runs) {
+__attribute__((always_inline)) inline void load_runs_bfloat16(const uint16_t* p, V* runs) {
   const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 32);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
@@ -35,7 +35,7 @@ inline void load_runs_bfloat16(const uint16_t* p, V* runs) {
     runs[2 * h + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 }
-inline void load_runs_float16(const uint16_t* p, V* runs) {
+__attribute__((always_inline)) inline void load_runs_float16(const uint16_t* p, V* runs) {
   const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 32);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
@@ -51,7 +51,7 @@ inline __m512i rounded_bfloat16(V x) {
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc00000));
 }
-inline void store_runs_bfloat16(uint16_t* p, const V* runs, bool streamed) {
+__attribute__((always_inline)) inline void store_runs_bfloat16(uint16_t* p, const V* runs, bool streamed) {
   __m512i pairs[2];
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h)
@@ -59,7 +59,7 @@ inline void store_runs_bfloat16(uint16_t* p, const V* runs, bool streamed) {
                                        rounded_bfloat16(runs[2 * h + 1]));
   store_pairs(p, pairs[0], pairs[1], streamed);
 }
-inline void store_runs_float16(uint16_t* p, const V* runs, bool streamed) {
+__attribute__((always_inline)) inline void store_runs_float16(uint16_t* p, const V* runs, bool streamed) {
   constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   __m512i pairs[2];
 #pragma GCC unroll 2

@@ -9,7 +9,7 @@ namespace dass::cpu {
 namespace {
 
 template <Dtype type>
-inline Block load_runs(const void* row) {
+__attribute__((always_inline)) inline Block load_runs(const void* row) {
   if constexpr (type == Dtype::float32) {
     return Block::at(static_cast<const float*>(row)).turned();
   } else {
@@ -27,7 +27,7 @@ inline Block load_runs(const void* row) {
 }
 
 template <Dtype type>
-inline void store_runs(const Block& runs, void* row, bool streamed) {
+__attribute__((always_inline)) inline void store_runs(const Block& runs, void* row, bool streamed) {
   if constexpr (type == Dtype::float32) {
     const Block natural = runs.turned();
     streamed ? natural.stream_to(static_cast<float*>(row)) : natural.to(static_cast<float*>(row));
