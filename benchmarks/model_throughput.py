@@ -312,8 +312,10 @@ def targets(rows: list[dict]) -> list[dict]:
         )
 
     cpu = ("eval", 1, "float32", "dass_ops cpu")
-    if cpu in timed and (none := timed.get((*cpu[:3], NOTHING))):
-        promise("time over that without a scan", cpu, none, 1.1, True)
+    without = {PROJECTION: "without ss2d", NOTHING: "without ss2d and its projection"}
+    for scan, what in without.items():
+        if cpu in timed and (none := timed.get((*cpu[:3], scan))):
+            promise(f"time over that {what}", cpu, none, 1.1, True)
     for dtype in ("float32", "bfloat16"):
         gpu = ("training", 32, dtype, "dass_ops cuda")
         pipelines = [v for k, v in timed.items() if k[:3] == gpu[:3] and k[3].startswith("unfused")]
