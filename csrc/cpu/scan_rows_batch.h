@@ -33,31 +33,81 @@ inline Block load_part_of_block(const char* row, int64_t n) {
   }
 }
 
-// What has yet to be put past the caches: a moment after it was written, or loads would wait for the stores.
-struct Pending {
-  char* to;
-  const char* from;
-  int64_t bytes;
+// Puts stretches of memory past the caches, whole lines only: what a stretch has of a line at its end (its beginning, where a walk
+// descends) waits for the next stretch to bring the rest. A line written in part would have to be read first.
+struct alignas(64) LineWriter {
+  static constexpr int64_t line = 64;
+  char kept[line];
+  char* at = nullptr;  // the line that waits; null: none
+  int64_t begin, end;  // what is there of it
+
+  // Lines on their way: one after the other, since more at once than the processor has room for would hold up everything behind them.
+  struct Whole {
+    char* to;
+    const char* from;
+    int64_t bytes;
+
+    void put(int64_t most) {
+      const int64_t end = smaller_of(bytes, most);
+      for (int64_t i = 0; i < end; i += 4 * W) stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+      to += end, from += end, bytes -= end;
+    }
+  } whole;
+
+  // `from` lies in its line as `to` does, with room for lines at both ends.
+  __attribute__((noinline)) void put(char* to, char* from, int64_t bytes, bool descends) {
+    int64_t first = reinterpret_cast<uintptr_t>(to) % line, last = first + bytes;
+    to -= first, from -= first;
+    const int64_t border = descends ? last / line * line : 0;
+    if (at == to + border && (descends ? begin == last - border : end == first)) {
+      __builtin_memcpy(from + border + begin, kept + begin, end - begin);
+      descends ? last = border + end : first = begin;
+    } else {
+      close();
+    }
+    at = nullptr;
+    const int64_t last_line = last / line * line;
+    if (!descends && first != 0 && last >= line) __builtin_memcpy(to + first, from + first, line - first);
+    if (descends && last != last_line && last_line != 0) __builtin_memcpy(to + last_line, from + last_line, last - last_line);
+    const int64_t first_line = round_up(first, line);
+    whole = {to + first_line, from + first_line, larger_of(0, last_line - first_line)};
+    if (descends ? first != 0 || last < line : last != last_line) {
+      const int64_t of = descends ? 0 : last_line;
+      __builtin_memcpy(kept, from + of, line);
+      at = to + of, begin = larger_of(0, first - of), end = smaller_of(line, last - of);
+    }
+  }
+  void close() {
+    if (at != nullptr) __builtin_memcpy(at + begin, kept + begin, end - begin);
+    at = nullptr;
+  }
 };
 
 struct alignas(64) RowForwardScratch {
   float dt[batch_steps], a[batch_steps], w[batch_steps], y[batch_steps], z[batch_steps];
   float B[kept_steps], C[kept_steps];  // copies of rows
-  char out[4 * batch_steps];  // in the output's dtype
+  alignas(64) char out[4 * (batch_steps + block) + 2 * LineWriter::line];  // in the output's dtype
   Effect runs[batch_blocks];
   V entering[batch_blocks];
   const void *B_kept[kept_steps / batch_steps], *C_kept[kept_steps / batch_steps];  // whose, for each stretch
-  Pending pending[batch_blocks];
-  int64_t pending_count;
+  LineWriter lines;
+  struct {
+    char* to;
+    int64_t bytes;
+    bool descends;
+  } pending;  // in `out`, has yet to be put past the caches: a moment after it was written, or loads would wait for the stores
 
   void forget() {
     for (const void*& at : B_kept) at = nullptr;
     for (const void*& at : C_kept) at = nullptr;
-    pending_count = 0;
+    pending.bytes = lines.whole.bytes = 0;
+    lines.at = nullptr;
   }
+  // Where in `out` that lies in its cache line which will be put to `to`.
+  char* place_of(const char* to) { return out + reinterpret_cast<uintptr_t>(to) % LineWriter::line; }
   void stream_pending() {
-    for (const Pending* p = pending; p < pending + pending_count; ++p) stream_bytes(p->to, p->from, p->bytes);
-    pending_count = 0;
+    if (pending.bytes != 0) lines.put(pending.to, place_of(pending.to), pending.bytes, pending.descends);
+    pending.bytes = 0;
   }
 };
 
@@ -96,7 +146,8 @@ struct RowWalk {
   const int64_t delta_stride = f.delta.channel * size, u_stride = f.u.channel * size, out_stride = f.sizes.length * out_size;  // bytes
   const bool shares = W == 16 && f.sizes.length <= W * W / 2;  // several short rows to a square
   // Of the scratch memory a row takes this many blocks.
-  const int64_t blocks = divide_up(smaller_of(f.sizes.length, batch_steps), block), slots = shares ? blocks : round_up(blocks, square_blocks);
+  const int64_t blocks = divide_up(smaller_of(f.sizes.length, batch_steps), block);
+  const int64_t slots = shares ? blocks : round_up(blocks, square_blocks);
   const int64_t rows_together = first == last ? batch_blocks / slots : 1;
   float* const sum;  // (length): of the directions
   int64_t from = 0, until = parts, walked = 0;

@@ -57,6 +57,7 @@ void decays_and_inputs(const RowWalk& walk, const RowBatch& batch, const RowBatc
   const int64_t states = walk.f.sizes.state;
   const float *const A = batch.A + state, *const D = batch.skip;
   const bool starts = state == 0;
+  auto lines = s.lines.whole;
   for (int64_t i = 0; i < count; ++i) {
     const char *u = batch.u + i * stride, *ahead = i < next.count ? next.u + i * stride : u;
     const int64_t slot = i * slots * block;
@@ -66,6 +67,7 @@ void decays_and_inputs(const RowWalk& walk, const RowBatch& batch, const RowBatc
     const V exponent = all(A[i * states] * log2_e), skip = all(D == nullptr ? 0.0f : D[i]);
     for (int64_t j = 0; j < n; j += block) {
       fetch_block<io>(ahead + j * size);
+      if (lines.bytes != 0) lines.put(4 * LineWriter::line);
       if (j == whole) B = batch.B.rest + i * batch.B.stride;
       const Block x = j < whole ? load_block<io>(u + j * size) : load_part_of_block<io>(u + j * size, n - j);
       Block a, w;
@@ -82,6 +84,7 @@ void decays_and_inputs(const RowWalk& walk, const RowBatch& batch, const RowBatc
       *runs++ = compose_runs<reversed>(a, w);
     }
   }
+  s.lines.whole = lines;
 }
 
 // The states that enter the runs of short rows, `span` vectors each, that share squares.
@@ -135,7 +138,6 @@ void enter_batch(const RowWalk& walk, const RowBatch& batch, RowForwardScratch& 
 // Where outputs go: to the scratch memory, to be worked on; to their rows; or past the caches, from the registers where alignment
 // and dtype allow it, else by way of the scratch memory.
 enum class Way { kept, stored, streamed, stream_later };
-constexpr int64_t later_from = 1024;  // bytes of a row: the ends of shorter ones cost more than is gained
 
 // From those to all states, and what they add to y.
 template <Dtype io, Dtype out, bool reversed>
@@ -148,12 +150,13 @@ void outputs(const RowWalk& walk, const RowBatch& batch, const RowBatch& next, R
     float* y = s.y + slot;
     const V* entering = s.entering + i * slots;
     const float* C = batch.C.row + i * batch.C.stride;
-    char *row = batch.out + i * stride, *later = s.out + slot * size, *to = way == Way::stream_later ? later : row;
+    char *row = batch.out + i * stride, *later = s.place_of(batch.out) + i * stride;
+    char *to = way == Way::stream_later ? later : row, *rest_to = way == Way::stream_later ? later : s.out + slot * size;
     const char* ahead = i < next.count ? next.out + i * stride : row;
     if (way == Way::streamed) __builtin_prefetch(ahead, 0, 2);  // for its page's address: stores would wait for that
     for (int64_t j = 0; j < n; j += block) {
       if (way == Way::stored) fetch_block<out>(ahead + j * size);
-      if (j == whole) C = batch.C.rest + i * batch.C.stride, to = later;
+      if (j == whole) C = batch.C.rest + i * batch.C.stride, to = rest_to;
       V h = *entering++;
       Block states;
       along_run<reversed>([&](int l) { states.v[l] = h = fma(load(a + j + l * W), h, load(w + j + l * W)); });
@@ -206,27 +209,26 @@ void forward_batch(const RowWalk& walk, RowBatch& batch, const RowBatch& next, c
   }
   for (int64_t i = 0; i < N; ++i) {
     find_state<io>(walk, batch, i, s);
+    if (s.pending.bytes != 0) s.stream_pending();
     decays_and_inputs<io, reversed>(walk, batch, next, s, i);
-    s.stream_pending();
     enter_batch<reversed>(walk, batch, s, i);
     const bool ends = i == N - 1;
+    s.lines.whole.put(s.lines.whole.bytes);
     if (ends) step_sizes<io>(walk, next, later, s);  // worked on while the steps of enter_batch wait for each other
     if (ends && way != Way::kept)
       with_dtype(sizes.out, [&](auto out) { outputs<io, out(), reversed>(walk, batch, next, s, way); });
     else
       outputs<io, Dtype::float32, reversed>(walk, batch, next, s, Way::kept);
   }
-  if (way == Way::kept)
+  if (way == Way::kept) {
     for (int64_t i = 0; i < batch.count; ++i) finish_stretch<io>(walk, batch, i, s);
-  const int64_t done = way == Way::kept ? n : way == Way::stream_later ? 0 : batch.whole(), size = walk.out_size;
-  if (done == n) return;
-  for (int64_t i = 0; i < batch.count; ++i) {
-    const char* rest = s.out + (i * walk.slots * block + done) * size;
-    char* to = batch.out + i * walk.out_stride + done * size;
-    if (way == Way::stream_later)
-      s.pending[s.pending_count++] = {to, rest, n * size};
-    else
-      __builtin_memcpy(to, rest, (n - done) * size);
+  } else if (way == Way::stream_later) {
+    s.pending = {batch.out, (batch.count - 1) * walk.out_stride + n * walk.out_size, reversed && walk.parts > 1};
+  } else if (const int64_t done = batch.whole(); done < n) {
+    const int64_t bytes = (n - done) * walk.out_size;
+    for (int64_t i = 0; i < batch.count; ++i)
+      __builtin_memcpy(batch.out + i * walk.out_stride + done * walk.out_size, s.out + (i * walk.slots * block + done) * walk.out_size,
+                       bytes);
   }
 }
 
@@ -236,8 +238,7 @@ void forward_walk(RowWalk& walk, RowForwardScratch& s, bool streamed) {
   const bool aligned = (reinterpret_cast<uintptr_t>(f.out) | row_bytes) % 64 == 0, straight = f.z.data == nullptr && !f.sizes.shared;
   const Way way = !straight                            ? Way::kept
                   : streamed && aligned                ? Way::streamed
-                  : streamed && row_bytes >= later_from ? Way::stream_later
-                                                       : Way::stored;
+                  : streamed ? Way::stream_later : Way::stored;
   RowBatch batches[3];
   s.forget();
   with_dtype(f.sizes.io, [&](auto io) {
@@ -251,6 +252,8 @@ void forward_walk(RowWalk& walk, RowForwardScratch& s, bool streamed) {
     }
   });
   s.stream_pending();
+  s.lines.whole.put(s.lines.whole.bytes);
+  s.lines.close();
 }
 
 // The effects of a piece on its states, with the operations of forward_batch, so that the carries come out the same.
