@@ -140,7 +140,7 @@ void enter_batch(const RowWalk& walk, const RowBatch& batch, RowForwardScratch& 
 enum class Way { kept, stored, streamed, stream_later };
 
 // From those to all states, and what they add to y.
-template <Dtype io, Dtype out, bool reversed>
+template <Dtype io, Dtype out, bool reversed, bool converts = false>
 void outputs(const RowWalk& walk, const RowBatch& batch, const RowBatch& next, RowForwardScratch& s, Way way) {
   constexpr int64_t size = size_of(out);
   const int64_t count = batch.count, n = batch.n, whole = batch.whole(), slots = walk.slots, stride = walk.out_stride;
@@ -167,7 +167,7 @@ void outputs(const RowWalk& walk, const RowBatch& batch, const RowBatch& next, R
       if (way == Way::kept)
         states.to(y + j);
       else if (in_runs<io>)
-        store_runs<out>(states, to + j * size, streamed);
+        store_runs<out, converts>(states, to + j * size, streamed);
       else
         streamed ? states.stream_to(reinterpret_cast<float*>(to) + j) : states.to(reinterpret_cast<float*>(to) + j);
     }
@@ -216,7 +216,13 @@ void forward_batch(const RowWalk& walk, RowBatch& batch, const RowBatch& next, c
     s.lines.whole.put(s.lines.whole.bytes);
     if (ends) step_sizes<io>(walk, next, later, s);  // worked on while the steps of enter_batch wait for each other
     if (ends && way != Way::kept)
-      with_dtype(sizes.out, [&](auto out) { outputs<io, out(), reversed>(walk, batch, next, s, way); });
+      with_dtype(sizes.out, [&](auto out) {
+#if defined(DASS_VECTOR_BFLOAT16)
+        if constexpr (in_runs<io> && out() == Dtype::bfloat16)
+          if (converts_bfloat16()) return outputs<io, out(), reversed, true>(walk, batch, next, s, way);
+#endif
+        outputs<io, out(), reversed>(walk, batch, next, s, way);
+      });
     else
       outputs<io, Dtype::float32, reversed>(walk, batch, next, s, Way::kept);
   }

@@ -26,8 +26,7 @@ __attribute__((always_inline)) inline void store_pairs(uint16_t* p, __m512i firs
   }
 }
 
-__attribute__((always_inline)) inline void load_runs_bfloat16(const uint16_t* p, V* runs) {
-  const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 32);
+__attribute__((always_inline)) inline void runs_of_bfloat16(__m512i low, __m512i high, V* runs) {
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const __m512i pairs = _mm512_permutex2var_epi32(low, pairs_of_runs(h), high);
@@ -35,13 +34,28 @@ __attribute__((always_inline)) inline void load_runs_bfloat16(const uint16_t* p,
     runs[2 * h + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 }
-__attribute__((always_inline)) inline void load_runs_float16(const uint16_t* p, V* runs) {
-  const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 32);
+__attribute__((always_inline)) inline void runs_of_float16(__m512i low, __m512i high, V* runs) {
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const __m512i pairs = _mm512_permutex2var_epi32(low, pairs_of_runs(h), high);
     runs[2 * h] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
     runs[2 * h + 1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  }
+}
+
+// The first n of 64 numbers, then zeros.
+__attribute__((always_inline)) inline void load_part_of_row(const uint16_t* p, int64_t n, __m512i& low, __m512i& high) {
+  const uint64_t there = n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+  low = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(there), p);
+  high = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(there >> 32), p + 32);
+}
+// Without what lies beyond n; lane 4 p + i of run vector j is number 16 i + 4 p + j.
+inline void zero_runs_beyond(float* runs, int64_t n) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 32, 48, 4, 20, 36, 52, 8, 24, 40, 56, 12, 28, 44, 60);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __mmask16 there = _mm512_cmplt_epi32_mask(first, _mm512_set1_epi32(static_cast<int>(n) - j));
+    store(runs + j * W, _mm512_maskz_mov_ps(there, load(runs + j * W)));
   }
 }
 
@@ -59,6 +73,33 @@ __attribute__((always_inline)) inline void store_runs_bfloat16(uint16_t* p, cons
                                        rounded_bfloat16(runs[2 * h + 1]));
   store_pairs(p, pairs[0], pairs[1], streamed);
 }
+
+#if !defined(__clang__)
+#define DASS_VECTOR_BFLOAT16  // where AVX-512 BF16 is present, too, which is known at run time
+inline bool converts_bfloat16() {
+  static const bool present = __builtin_cpu_supports("avx512bf16");
+  return present;
+}
+// Numbers of less than the least normal one become 0; otherwise as above.
+__attribute__((always_inline)) inline void convert_runs_bfloat16(uint16_t* p, const V* runs, bool streamed) {
+  __m512i first, second;  // as assembly, since the rest is compiled for processors without
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(first) : "v"(runs[0]), "v"(runs[1]));
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(second) : "v"(runs[2]), "v"(runs[3]));
+  // Number 16 i + 4 p + j of the row is lane 4 p + i of run vector j.
+  alignas(64) static constexpr uint16_t places[32] = {0, 16, 32, 48, 4, 20, 36, 52, 8,  24, 40, 56, 12, 28, 44, 60,
+                                                      1, 17, 33, 49, 5, 21, 37, 53, 9,  25, 41, 57, 13, 29, 45, 61};
+  const __m512i of_low = _mm512_load_si512(places), of_high = _mm512_add_epi16(of_low, _mm512_set1_epi16(2));
+  const __m512i low = _mm512_permutex2var_epi16(first, of_low, second), high = _mm512_permutex2var_epi16(first, of_high, second);
+  if (streamed) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), low);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32), high);
+  } else {
+    _mm512_storeu_si512(p, low);
+    _mm512_storeu_si512(p + 32, high);
+  }
+}
+#endif
+
 __attribute__((always_inline)) inline void store_runs_float16(uint16_t* p, const V* runs, bool streamed) {
   constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   __m512i pairs[2];

@@ -16,7 +16,8 @@ __attribute__((always_inline)) inline Block load_runs(const void* row) {
     const auto* p = static_cast<const uint16_t*>(row);
     Block r;
 #if defined(DASS_VECTOR_TABLE)
-    type == Dtype::bfloat16 ? load_runs_bfloat16(p, r.v) : load_runs_float16(p, r.v);
+    const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 2 * W);
+    type == Dtype::bfloat16 ? runs_of_bfloat16(low, high, r.v) : runs_of_float16(low, high, r.v);
     return r;
 #else
 #pragma GCC unroll 4
@@ -26,13 +27,17 @@ __attribute__((always_inline)) inline Block load_runs(const void* row) {
   }
 }
 
-template <Dtype type>
+// `converts`: by the processor's own conversion to bfloat16.
+template <Dtype type, bool converts = false>
 __attribute__((always_inline)) inline void store_runs(const Block& runs, void* row, bool streamed) {
   if constexpr (type == Dtype::float32) {
     const Block natural = runs.turned();
     streamed ? natural.stream_to(static_cast<float*>(row)) : natural.to(static_cast<float*>(row));
   } else {
     auto* p = static_cast<uint16_t*>(row);
+#if defined(DASS_VECTOR_BFLOAT16)
+    if constexpr (converts) return convert_runs_bfloat16(p, runs.v, streamed);
+#endif
 #if defined(DASS_VECTOR_TABLE)
     type == Dtype::bfloat16 ? store_runs_bfloat16(p, runs.v, streamed) : store_runs_float16(p, runs.v, streamed);
 #else
@@ -46,6 +51,15 @@ __attribute__((always_inline)) inline void store_runs(const Block& runs, void* r
 
 // The beginning of a block, then zeros.
 __attribute__((noinline)) inline Block load_part_of_runs(Dtype type, const void* row, int64_t n) {
+#if defined(DASS_VECTOR_TABLE)
+  if (type != Dtype::float32) {
+    Block r;
+    __m512i low, high;
+    load_part_of_row(static_cast<const uint16_t*>(row), n, low, high);
+    type == Dtype::bfloat16 ? runs_of_bfloat16(low, high, r.v) : runs_of_float16(low, high, r.v);
+    return r;
+  }
+#endif
   alignas(64) float part[block];
   load_row(type, row, part, n, block);
   return Block::at(part).turned();
@@ -53,6 +67,9 @@ __attribute__((noinline)) inline Block load_part_of_runs(Dtype type, const void*
 
 // A block of runs without what lies beyond n.
 inline void zero_beyond(float* runs, int64_t n) {
+#if defined(DASS_VECTOR_TABLE)
+  return zero_runs_beyond(runs, n);
+#endif
   alignas(64) float part[block];
   Block::at(runs).turned().to(part);
   load_part_of_runs(Dtype::float32, part, n).to(runs);
