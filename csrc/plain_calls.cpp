@@ -137,6 +137,10 @@ struct RecordedScan : torch::autograd::Function<RecordedScan> {
     const PlainScan scan{saved[0],           saved[1],           saved[2],           saved[3],
                          saved[4],           optional(saved[5]), optional(saved[6]), optional(saved[7]),
                          optional(saved[8]), options.at("delta_softplus").toBool(), options.at("reverse").toBoolList()};
+    // Nothing is recorded of a backward, unless its own derivative is wanted (which then is an error that says so); every view here
+    // would otherwise pass through autograd again.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> unrecorded;
+    if (!at::GradMode::is_enabled()) unrecorded.emplace();
     const Shapes shapes(scan);
     const Tensor d_out = d_outputs[0].defined() ? d_outputs[0] : at::zeros_like(scan.u);
     const auto gradients = std::apply(

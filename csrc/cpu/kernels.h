@@ -23,6 +23,7 @@ int64_t thread_count();
 void set_flag(int32_t* flag);
 bool is_set(const int32_t* flag);
 void wait_for(const int32_t* flag);
+int32_t count_up(int32_t* counter);  // the new count; whoever sees it sees what was written before each of the counts
 
 namespace {  // a lambda is a type of its translation unit
 template <typename Task>

@@ -171,6 +171,7 @@ void wait_for(const int32_t* flag) {
   for (int64_t tries = 0; !is_set(flag); ++tries)
     if (tries > 1000) std::this_thread::yield();  // more threads than processors, perhaps
 }
+int32_t count_up(int32_t* counter) { return __atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL); }
 
 Buffer::Buffer(size_t bytes) : data_(bytes == 0 ? nullptr : pool().take(bytes, bytes_)) {}
 Buffer::~Buffer() {

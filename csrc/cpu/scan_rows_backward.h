@@ -51,10 +51,11 @@ int64_t effects_of_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const
   int64_t found = 0;
   p.tiles<reversed>([&](int64_t begin, int64_t n) {
     const int64_t padded = round_up(n, block);
+    s.begin_tile(n, padded);
     for (int64_t c = 0; c < p.channels(); ++c) {
       const RowBackwardTile t{plan, s, memory, p.b, p.k, p.first(), p.channels(), c, 1, begin, n, padded, 0, nullptr, nullptr,
                               false, false, reversed ? row_tile : -row_tile};
-      load_steps(t, 0);
+      load_steps(t);
       load_tile(t, f.sizes.out, f.d_out, s.g);
       if (f.z.data != nullptr) {
         load_tile(t, f.sizes.io, f.z, s.y);
@@ -104,6 +105,7 @@ void backward_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowB
   const Buffer* const slabs[] = {&plan.d_B, &plan.d_C};
   p.tiles<reversed>([&](int64_t begin, int64_t n) {
     const int64_t padded = round_up(n, block), next_steps = reversed ? row_tile : -row_tile;
+    s.begin_tile(n, padded);
     const auto each_tile = [&](auto visit) {  // of B and C
       for (int which = 0; which < 2; ++which)
         for (int64_t state = 0; state < N; ++state) visit(which, state, memory.tile(which, state), memory.tile(2 + which, state));
@@ -143,14 +145,14 @@ void backward_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowB
   });
   const int64_t sequence = ((p.b * plan.pieces + p.piece) * sizes.directions + p.k) * D + first, apart = memory.of_channel();
   for (int64_t state = 0; state < N; ++state) {
-    sums_of_lanes(memory.d_A(0) + state * W, apart, channels, plan.d_A.floats() + sequence * N + state, N);
+    sums_of_lanes(memory.d_A(0) + state * W, apart, channels, plan.d_A + sequence * N + state, N);
     for (int which = 0; which < 2; ++which)
       if (sources[which]->constant)
         sums_of_lanes(memory.constant(0, which) + state * W, apart, channels, slabs[which]->floats() + sequence * N + state, N);
     for (int64_t c = 0; c < channels; ++c) mus[c * N + state] = memory.mu(c)[state * W];
   }
-  sums_of_lanes(memory.d_D(0), apart, channels, plan.d_D.floats() + sequence, 1);
-  sums_of_lanes(memory.d_bias(0), apart, channels, plan.d_bias.floats() + sequence, 1);
+  sums_of_lanes(memory.d_D(0), apart, channels, plan.d_D + sequence, 1);
+  sums_of_lanes(memory.d_bias(0), apart, channels, plan.d_bias + sequence, 1);
 }
 
 // A task's scratch memory.
@@ -196,6 +198,22 @@ bool scan_backward_rows(const ScanBackward& f) {
     if (f.initial_state != nullptr)
       for (int64_t i = 0; i < p.channels() * N; ++i) to[(p.bk() * sizes.channels + p.first()) * N + i] = mu[i];
   };
+  // d_B and d_C of a direction, by its last task; of long rows by all threads in the end.
+  const bool by_last_task = plan.pieces == 1;
+  const auto slabs_of_group = [&](const Projection& p) { return plan.units / p.groups * plan.splits; };
+  const Buffer counters(by_last_task ? 4 * sizes.batch * K : 0);
+  auto* const done = reinterpret_cast<int32_t*>(counters.floats());
+  for (int64_t i = 0; by_last_task && i < sizes.batch * K; ++i) done[i] = 0;
+  const auto task_done = [&](int64_t bk) {
+    if (count_up(done + bk) != split_units) return;
+    const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
+      const int64_t rows = p.groups * N;
+      for (int64_t i = bk * rows; !p.constant && i < (bk + 1) * rows; ++i)
+        finish_steps(sizes, p, slabs_of_group(p), plan.row, slabs, to, i, 0, sizes.length);
+    };
+    finish(f.B, plan.d_B, f.d_B);
+    finish(f.C, plan.d_C, f.d_C);
+  };
   if (!worth_pieces(items, plan.pieces)) {
     parallel(items, [&](int64_t item) {
       const RowBackwardSpace at(plan);
@@ -204,6 +222,7 @@ bool scan_backward_rows(const ScanBackward& f) {
         seed(piece_at(item, direction, 0), mu);
         for (int64_t piece = 0; piece < plan.pieces; ++piece) run(piece_at(item, direction, piece), at, mu);
         finish_rows(piece_at(item, direction, 0), mu);
+        if (by_last_task) task_done(piece_at(item, direction, 0).bk());
       }
     });
   } else {
@@ -221,14 +240,15 @@ bool scan_backward_rows(const ScanBackward& f) {
     });
   }
   const auto finish = [&](const Projection& p, const Buffer& slabs, void* to) {
-    finish_projection(sizes, p, plan.units / p.groups * plan.splits, plan.row, plan.pieces, slabs, to);
+    if (p.constant || !by_last_task) finish_projection(sizes, p, slabs_of_group(p), plan.row, plan.pieces, slabs, to);
   };
-  const int64_t parts = sizes.batch * plan.pieces, channels = K * sizes.channels;
+  const int64_t channels = K * sizes.channels;
   finish(f.B, plan.d_B, f.d_B);
   finish(f.C, plan.d_C, f.d_C);
-  add_over_batch(plan.d_A, f.d_A, parts, channels * N);
-  if (f.D != nullptr) add_over_batch(plan.d_D, f.d_D, parts, channels);
-  if (f.delta_bias != nullptr) add_over_batch(plan.d_bias, f.d_delta_bias, parts, channels);
+  if (plan.parts() == 1) return true;
+  add_over_batch(plan.parts_of_d_A, f.d_A, plan.parts(), channels * N);
+  if (f.D != nullptr) add_over_batch(plan.parts_of_d_D, f.d_D, plan.parts(), channels);
+  if (f.delta_bias != nullptr) add_over_batch(plan.parts_of_d_bias, f.d_delta_bias, plan.parts(), channels);
   return true;
 }
 

@@ -192,7 +192,7 @@ template <bool reversed>
 void backward_tile(const RowBackwardTile& t) {
   const ScanBackward& f = t.plan.f;
   RowBackwardScratch& s = t.s;
-  for (int64_t j = 0; j < t.count; ++j) load_steps(t, j);
+  load_steps(t);
   const bool gated = f.z.data != nullptr;
   load_tile(t, f.sizes.io, f.u, s.u);
   if (gated) {

@@ -21,7 +21,8 @@ struct RowBackwardPlan {
   int64_t at_a_time;         // channels
   bool shares;               // short rows: several to a square of block_scan.h
   Buffer d_B, d_C;           // (batch, K, units, splits, N, row), or of a constant (batch, pieces, K, D, N)
-  Buffer d_A, d_D, d_bias;   // (batch, pieces, K, D, N), (batch, pieces, K, D) twice
+  Buffer parts_of_d_A, parts_of_d_D, parts_of_d_bias;  // (batch, pieces, K, D, N), (batch, pieces, K, D) twice
+  float *d_A, *d_D, *d_bias;                           // those, or where there is one part the outputs
   Buffer d_u;                // (batch, D, L): where directions are summed and d_u is too short to hold the sum
   bool streamed;
 
@@ -38,13 +39,23 @@ struct RowBackwardPlan {
         shares(W == 16 && (row == 4 * W || row == 8 * W)),
         d_B(4 * slab_elements(f.B)),
         d_C(4 * slab_elements(f.C)),
-        d_A(4 * sequences() * pieces * sizes.state),
-        d_D(4 * sequences() * pieces),
-        d_bias(4 * sequences() * pieces),
+        parts_of_d_A(bytes_of_parts(f.d_A, sizes.state)),
+        parts_of_d_D(bytes_of_parts(f.D == nullptr ? nullptr : f.d_D, 1)),
+        parts_of_d_bias(bytes_of_parts(f.delta_bias == nullptr ? nullptr : f.d_delta_bias, 1)),
+        d_A(parts_or(parts_of_d_A, f.d_A)),
+        d_D(parts_or(parts_of_d_D, f.d_D)),
+        d_bias(parts_or(parts_of_d_bias, f.d_delta_bias)),
         d_u(sizes.shared && sizes.io != Dtype::float32 ? 4 * sizes.batch * sizes.channels * sizes.length : 0),
         streamed(2 * sequences() * sizes.length * size_of(sizes.io) >= streaming_bytes) {}
 
   int64_t sequences() const { return sizes.batch * sizes.directions * sizes.channels; }
+  int64_t parts() const { return sizes.batch * pieces; }
+  int64_t bytes_of_parts(const void* output, int64_t states) const {
+    return parts() == 1 && output != nullptr ? 0 : 4 * sequences() * pieces * states;
+  }
+  static float* parts_or(const Buffer& parts, void* output) {
+    return parts.floats() == nullptr ? static_cast<float*>(output) : parts.floats();
+  }
   int64_t slab_elements(const Projection& p) const {
     return p.constant ? sequences() * pieces * sizes.state : sizes.batch * sizes.directions * units * splits * sizes.state * row;
   }
@@ -53,8 +64,15 @@ struct RowBackwardPlan {
 struct alignas(64) RowBackwardScratch {
   float dt[backward_steps], slope[backward_steps], u[backward_steps], g[backward_steps], a[backward_steps], ah[backward_steps],
       d_dt[backward_steps], d_u[backward_steps], y[backward_steps];
+  float within[block];  // runs: negative beyond the end of the tile's last block
   Effect runs[backward_steps / block * square_blocks];
   V entering[backward_steps / block * square_blocks];
+
+  void begin_tile(int64_t n, int64_t padded) {
+    if (n == padded) return;
+    for (int64_t i = 0; i < block; ++i) within[i] = padded - block + i < n ? 1.0f : -1.0f;
+    Block::at(within).turned().to(within);
+  }
 };
 
 // B or C of a task for one state of a tile, and its gradient, as runs.
@@ -113,42 +131,80 @@ struct RowBackwardTile {
   }
 };
 
-// Step sizes and their slopes with respect to delta. What lies beyond the end gets a step size of 0, which leaves the state as it is.
-inline void load_steps(const RowBackwardTile& t, int64_t j) {
-  const ScanBackward& f = t.plan.f;
-  const int64_t padded = t.padded, last = padded - block;
-  float *const dt = t.s.dt + t.place(j), *const slope = t.s.slope + t.place(j);
-  const V shift_by = all(t.of_channel(f.delta_bias, j));
-  const TurnedRow delta = t.row(f.sizes.io, f.delta, j);
-  const Ahead ahead = t.ahead(f.sizes.io, f.delta, j);
-  const auto each = [&](auto steps_and_slopes) {
-    for (int64_t i = 0; i < padded; i += block) {
-      ahead.fetch_lines(i);
-      Block v = delta(i), slopes;
+// The end of a row, less than a block, and zeros beyond it.
+template <Dtype type>
+inline Block load_end_of_runs(const char* from, int64_t n) {
+  if constexpr (type == Dtype::float32) {
+    const float* p = reinterpret_cast<const float*>(from);
+    return Block{{load_clipped(p, n), load_clipped(p + W, n - W), load_clipped(p + 2 * W, n - 2 * W), load_clipped(p + 3 * W, n - 3 * W)}}
+        .turned();
+  } else {
+    alignas(64) char end[block * size_of(type)] = {};
+    __builtin_memcpy(end, from, n * size_of(type));
+    return load_runs<type>(end);
+  }
+}
+
+// Whether some were too far for the function. Nothing but the loop over whole blocks: what else stands in it takes registers from the coefficients.
+template <Dtype type, typename Function>
+__attribute__((noinline)) bool each_step_size(const RowBackwardTile& t) {
+  Function function;
+  const int64_t padded = t.padded, whole = t.n / block * block;
+  for (int64_t j = 0; j < t.count; ++j) {
+    float *const dt = t.s.dt + t.place(j), *const slope = t.s.slope + t.place(j);
+    const V shift_by = all(t.of_channel(t.plan.f.delta_bias, j));
+    const auto* row = static_cast<const char*>(t.row(type, t.plan.f.delta, j).at);
+    const Ahead ahead = t.ahead(type, t.plan.f.delta, j);
+    const auto step_sizes = [&](Block v, int64_t i) {
+      Block slopes;
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) v.v[q] = v.v[q] + shift_by;
-      steps_and_slopes(v, slopes);
+      function(v, slopes);
       v.to(dt + i);
       slopes.to(slope + i);
+    };
+    for (int64_t i = 0; i < whole; i += block) {
+      ahead.fetch_lines(i);
+      step_sizes(load_runs<type>(row + i * size_of(type)), i);
     }
-  };
-  if (f.sizes.delta_softplus) {
-    SoftplusAndSlope near;
-    each([&](Block& v, Block& slopes) { near(v, slopes); });
-    if (near.was_far())
-      each([](Block& v, Block& slopes) {
-        for (int q = 0; q < 4; ++q) {
-          v.v[q] = softplus(v.v[q]);
-          slopes.v[q] = slope_of_softplus(v.v[q]);
-        }
-      });
-  } else {
-    each([](Block&, Block& slopes) { slopes = {{all(1.0f), all(1.0f), all(1.0f), all(1.0f)}}; });
+    if (whole != padded) {
+      ahead.fetch_lines(whole);
+      step_sizes(load_end_of_runs<type>(row + whole * size_of(type), t.n - whole), whole);
+    }
   }
-  if (t.n != padded) {
-    zero_beyond(dt + last, t.n - last);
-    zero_beyond(slope + last, t.n - last);
+  return function.was_far();
+}
+struct FarSoftplusAndSlope {
+  void operator()(Block& v, Block& slopes) const {
+    for (int q = 0; q < 4; ++q) {
+      v.v[q] = softplus(v.v[q]);
+      slopes.v[q] = slope_of_softplus(v.v[q]);
+    }
   }
+  bool was_far() const { return false; }
+};
+struct NoSoftplus {
+  void operator()(Block&, Block& slopes) const { slopes = {{all(1.0f), all(1.0f), all(1.0f), all(1.0f)}}; }
+  bool was_far() const { return false; }
+};
+
+// Step sizes and their slopes with respect to delta. What lies beyond the end gets a step size of 0, which leaves the state as it is.
+inline void load_steps(const RowBackwardTile& t) {
+  const ScanBackward& f = t.plan.f;
+  RowBackwardScratch& s = t.s;
+  with_dtype(f.sizes.io, [&](auto type) {
+    if (!f.sizes.delta_softplus)
+      each_step_size<type.value, NoSoftplus>(t);
+    else if (each_step_size<type.value, SoftplusAndSlope>(t))
+      each_step_size<type.value, FarSoftplusAndSlope>(t);
+  });
+  if (t.n == t.padded) return;
+  for (int64_t at = t.padded - block; at < t.place(t.count); at += t.padded)
+    for (int64_t i = 0; i < block; i += W) {
+      const V within = load(s.within + i);
+      store(s.dt + at + i, where_not_negative(within, load(s.dt + at + i), all(0.0f)));
+      store(s.slope + at + i, where_not_negative(within, load(s.slope + at + i), all(0.0f)));
+    }
 }
 
 // A stretch of a row of each channel as runs.
@@ -157,7 +213,7 @@ inline void load_row_of_runs(const TurnedRow& row, int64_t padded, float* to) {
   const auto* at = static_cast<const char*>(row.at);
   const int64_t n = row.n, whole = n / block * block;
   for (int64_t i = 0; i < whole; i += block) load_runs<type>(at + i * size_of(type)).to(to + i);
-  if (whole != padded) load_part_of_runs(type, at + whole * size_of(type), n - whole).to(to + whole);
+  if (whole != padded) load_end_of_runs<type>(at + whole * size_of(type), n - whole).to(to + whole);
 }
 inline void load_tile(const RowBackwardTile& t, Dtype type, const Sequence& of, float* to) {
   const auto load = type == Dtype::float32    ? load_row_of_runs<Dtype::float32>
@@ -244,19 +300,24 @@ inline void enter_tile(const RowBackwardTile& t, Carry carry, Put put) {
       for (int m = 0; m < count; ++m) put(j + m, x[m]);
     });
   } else if constexpr (W == 16) {
+    alignas(64) static constexpr float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int64_t span = t.padded / W, shared = t.padded == 4 * W ? 4 : 2;
     const int64_t present = t.count * span / 4;  // runs
     for (int64_t i = present; i < round_up(present, square_blocks); ++i) s.runs[i] = {all(1.0f), all(0.0f)};
     in_pairs(divide_up(t.count, shared), [&](int64_t square, auto pair) {
       constexpr int count = pair.value;
       const int64_t first = square * shared, end = smaller_of(first + count * shared, t.count);
-      float lanes[count * W] = {};
-      for (int64_t j = first; j < end; ++j)
-        for (int64_t lane = 0; lane < span; ++lane) lanes[(j - first) * span + lane] = carry(j);
+      // Not by way of memory: a load waits for narrower stores before it until all before them is done.
       V x[count];
-      for (int m = 0; m < count; ++m) x[m] = load(lanes + m * W);
+      for (int m = 0; m < count; ++m) {
+        const int64_t j = first + m * shared;
+        x[m] = all(j < end ? carry(j) : 0.0f);
+        for (int64_t row = 1; row < shared && j + row < end; ++row)
+          x[m] = where_not_negative(all(row * span - 1) - load(lane), x[m], all(carry(j + row)));
+      }
       (span == 4 ? enter_squares<reversed, 4, count> : enter_squares<reversed, 8, count>)(
           s.runs + square * square_blocks, square_blocks, s.entering + square * square_blocks, x);
+      float lanes[count * W];
       for (int m = 0; m < count; ++m) store(lanes + m * W, x[m]);
       for (int64_t j = first; j < end; ++j) put(j, all(lanes[(j - first) * span + (reversed ? 0 : span - 1)]));
     });

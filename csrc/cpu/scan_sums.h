@@ -49,26 +49,32 @@ inline void add_over_batch(const Buffer& from, void* to, int64_t batch, int64_t 
   }
 }
 
-// d_B or d_C from the slabs, of which `per_group` lie side by side for each group; of constants there is one for each piece of a row.
+// d_B or d_C from the slabs, of which `per_group` lie side by side for each group: row i of (batch, K, G, N), steps [begin, end).
+inline void finish_steps(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, const Buffer& slabs, void* to,
+                         int64_t i, int64_t begin, int64_t end) {
+  const int64_t N = sizes.state, L = sizes.length;
+  const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
+  float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
+  for (; begin < end; begin += row_tile) {
+    const int64_t n = smaller_of(row_tile, end - begin);
+    for (int64_t l = 0; l < n; l += W) {
+      V total = load(first + begin + l);
+      for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);
+      store(sum + l, total);
+    }
+    store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
+  }
+}
+// All of it; of constants there is a slab for each piece of a row.
 inline void finish_projection(const ScanSizes& sizes, const Projection& p, int64_t per_group, int64_t row, int64_t pieces,
                               const Buffer& slabs, void* to) {
-  const int64_t K = sizes.directions, N = sizes.state, L = sizes.length, G = p.groups;
-  if (p.constant) return add_over_batch(slabs, to, sizes.batch * pieces, K * sizes.channels * N);
+  const int64_t rows = sizes.batch * sizes.directions * p.groups * sizes.state, L = sizes.length;
+  if (p.constant) return add_over_batch(slabs, to, sizes.batch * pieces, sizes.directions * sizes.channels * sizes.state);
   constexpr int64_t steps = 64 * row_tile;
   const int64_t parts = divide_up(L, steps);
-  parallel(sizes.batch * K * G * N * parts, [&](int64_t task) {
-    const int64_t i = task / parts, end = smaller_of(L, (task % parts + 1) * steps);
-    const float* first = slabs.floats() + (i / N * per_group * N + i % N) * row;
-    float* sum = static_cast<float*>(thread_scratch(4 * row_tile));
-    for (int64_t begin = task % parts * steps; begin < end; begin += row_tile) {
-      const int64_t n = smaller_of(row_tile, end - begin);
-      for (int64_t l = 0; l < n; l += W) {
-        V total = load(first + begin + l);
-        for (int64_t slab = 1; slab < per_group; ++slab) total = total + load(first + slab * N * row + begin + l);
-        store(sum + l, total);
-      }
-      store_row(sizes.io, element(sizes.io, to, i * L + begin), sum, n);
-    }
+  parallel(rows * parts, [&](int64_t task) {
+    const int64_t begin = task % parts * steps;
+    finish_steps(sizes, p, per_group, row, slabs, to, task / parts, begin, smaller_of(L, begin + steps));
   });
 }
 

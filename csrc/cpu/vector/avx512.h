@@ -43,7 +43,7 @@ inline V in_register(V x) {  // GCC otherwise reads what it loaded from memory a
   return x;
 }
 inline V one_more_where_not_negative(V x, V a) {
-  return _mm512_mask_add_ps(a, _knot_mask16(_mm512_movepi32_mask(_mm512_castps_si512(x))), a, all(1.0f));
+  return _mm512_mask_add_ps(a, _mm512_cmpge_epi32_mask(_mm512_castps_si512(x), _mm512_setzero_si512()), a, all(1.0f));
 }
 inline V magnitude(V x) { return _mm512_abs_ps(x); }
 // Of numbers that are not negative as their bits are ordered: NaN is the largest. Integer operations have more pipes than others.

@@ -33,21 +33,33 @@ struct SoftplusAndSlope {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) coefficients[i] = in_register(load(softplus_slope_coefficients[i]));
   }
-  // v becomes its softplus.
+  // v becomes its softplus. Step by step for all four vectors, by force: the processor does not look far enough ahead to interleave them.
   void operator()(Block& v, Block& slope) {
+    V index[4], r[4], derivative[4], q[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const V x = v.v[i], t = magnitude(x), index = t + all(to_whole), r = t - (index - all(to_whole));
+      const V t = magnitude(v.v[i]);
       largest = larger_bits(largest, t);
-      V derivative = table(coefficients[7], index), q = fma(derivative, r, table(coefficients[6], index));
+      index[i] = t + all(to_whole);
+      r[i] = t - (index[i] - all(to_whole));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      derivative[i] = table(coefficients[7], index[i]);
+      q[i] = in_register(fma(derivative[i], r[i], table(coefficients[6], index[i])));
+    }
 #pragma GCC unroll 5
-      for (int k = 5; k > 0; --k) {
-        derivative = fma(derivative, r, q);
-        q = fma(q, r, table(coefficients[k], index));
+    for (int k = 5; k > 0; --k)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        derivative[i] = in_register(fma(derivative[i], r[i], q[i]));
+        q[i] = in_register(fma(q[i], r[i], table(coefficients[k], index[i])));
       }
-      derivative = fma(derivative, r, q);  // of log(1 + exp(-t)): minus the slope at -t
-      slope.v[i] = magnitude(one_more_where_not_negative(x, derivative));
-      v.v[i] = fma(q, r, table(coefficients[0], index) + larger_bits(x, all(0.0f)));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      derivative[i] = fma(derivative[i], r[i], q[i]);  // of log(1 + exp(-t)): minus the slope at -t
+      slope.v[i] = magnitude(one_more_where_not_negative(v.v[i], derivative[i]));
+      v.v[i] = fma(q[i], r[i], table(coefficients[0], index[i]) + larger_bits(v.v[i], all(0.0f)));
     }
   }
   bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its results are not valid
