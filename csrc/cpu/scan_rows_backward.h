@@ -143,6 +143,7 @@ void backward_piece(const RowBackwardPiece& p, RowBackwardScratch& s, const RowB
       for (int64_t i = 0; i < padded; i += block) Block::at(gradient + i).turned().to(slab + i);
     });
   });
+  s.stream_pending();
   const int64_t sequence = ((p.b * plan.pieces + p.piece) * sizes.directions + p.k) * D + first, apart = memory.of_channel();
   for (int64_t state = 0; state < N; ++state) {
     sums_of_lanes(memory.d_A(0) + state * W, apart, channels, plan.d_A + sequence * N + state, N);
@@ -166,7 +167,9 @@ struct RowBackwardSpace {
       : s(static_cast<RowBackwardScratch*>(thread_scratch(sizeof(RowBackwardScratch) + bytes(plan)))),
         memory{plan.per_split, plan.sizes.state, reinterpret_cast<float*>(s + 1)},
         projections(reinterpret_cast<TurnedProjection*>(memory.at + RowBackwardMemory::floats(plan.per_split, plan.sizes.state))),
-        effects{reinterpret_cast<float*>(projections + 2 * plan.sizes.state)} {}
+        effects{reinterpret_cast<float*>(projections + 2 * plan.sizes.state)} {
+    s->pending_count = 0;
+  }
   static int64_t bytes(const RowBackwardPlan& plan) {
     const int64_t N = plan.sizes.state, effects = plan.pieces > 1 ? PieceEffects::floats(plan.per_split * N) : 0;
     return 4 * (RowBackwardMemory::floats(plan.per_split, N) + effects) + 2 * N * sizeof(TurnedProjection);

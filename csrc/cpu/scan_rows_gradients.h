@@ -76,7 +76,7 @@ void gradients_of_channels(const RowBackwardTile& t, int64_t j, int64_t state, c
   const auto anywhere = [](const char* row) { return reinterpret_cast<uintptr_t>(row) % 64 != 0; };
   const bool unaligned = t.plan.streamed &&
                      (anywhere(where[0].d_delta) || anywhere(where[0].d_u) || anywhere(where[count - 1].d_delta));
-  const bool later = ends && unaligned && t.n * size_of(to) >= 512, streamed = t.plan.streamed && !unaligned;
+  const bool later = ends && unaligned && t.n * size_of(to) >= 256, streamed = t.plan.streamed && !unaligned;
   const int64_t whole = later ? padded : t.n / block * block, d_u_whole = where->d_u == nullptr ? 0 : whole;
   V A[count], skip[count], d_A[count], d_D[count], d_bias[count];
   char *d_delta_to[count], *d_u_to[count];
@@ -86,6 +86,11 @@ void gradients_of_channels(const RowBackwardTile& t, int64_t j, int64_t state, c
     d_A[m] = load(where[m].d_A), d_D[m] = load(where[m].d_D), d_bias[m] = load(where[m].d_bias);
     d_delta_to[m] = later ? reinterpret_cast<char*>(d_dt_at + m * padded) : where[m].d_delta;
     d_u_to[m] = later && d_u_whole != 0 ? reinterpret_cast<char*>(d_u_at + m * padded) : where[m].d_u;
+    const auto fetch_ends = [&](const char* row) {  // the cache lines that will not be written as a whole
+      __builtin_prefetch(row, 1);
+      __builtin_prefetch(row + t.n * size_of(to) - 1, 1);
+    };
+    if (later) fetch_ends(where[m].d_delta), fetch_ends(where[m].d_u);
   }
   Ahead ahead[count];
 #pragma GCC unroll 2
@@ -140,8 +145,8 @@ void gradients_of_channels(const RowBackwardTile& t, int64_t j, int64_t state, c
     store(where[m].d_D, d_D[m]);
     store(where[m].d_bias, d_bias[m]);
     if (later) {
-      stream_bytes(where[m].d_delta, d_delta_to[m], t.n * size_of(to));
-      if (d_u_whole != 0) stream_bytes(where[m].d_u, d_u_to[m], t.n * size_of(to));
+      s.pending[s.pending_count++] = {where[m].d_delta, d_delta_to[m], t.n * size_of(to)};
+      if (d_u_whole != 0) s.pending[s.pending_count++] = {where[m].d_u, d_u_to[m], t.n * size_of(to)};
     } else if (ends && whole < t.n) {
       store_row_of_runs<to>(d_dt_at + m * padded, d_delta_to[m], whole, t.n, false);
       if (d_u_to[m] != nullptr) store_row_of_runs<to>(d_u_at + m * padded, d_u_to[m], whole, t.n, false);
@@ -193,6 +198,7 @@ void backward_tile(const RowBackwardTile& t) {
   const ScanBackward& f = t.plan.f;
   RowBackwardScratch& s = t.s;
   load_steps(t);
+  s.stream_pending();
   const bool gated = f.z.data != nullptr;
   load_tile(t, f.sizes.io, f.u, s.u);
   if (gated) {

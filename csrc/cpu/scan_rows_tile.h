@@ -68,6 +68,13 @@ struct alignas(64) RowBackwardScratch {
   Effect runs[backward_steps / block * square_blocks];
   V entering[backward_steps / block * square_blocks];
 
+  Pending pending[2 * backward_steps / block];  // gradients in d_dt and d_u
+  int64_t pending_count = 0;
+
+  void stream_pending() {
+    for (const Pending* p = pending; p < pending + pending_count; ++p) stream_bytes(p->to, p->from, p->bytes);
+    pending_count = 0;
+  }
   void begin_tile(int64_t n, int64_t padded) {
     if (n == padded) return;
     for (int64_t i = 0; i < block; ++i) within[i] = padded - block + i < n ? 1.0f : -1.0f;
