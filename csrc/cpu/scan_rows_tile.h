@@ -61,6 +61,13 @@ struct RowBackwardPlan {
   }
 };
 
+// What has yet to be put past the caches: a tile after it was written, or loads would wait for the stores.
+struct Pending {
+  char* to;
+  const char* from;
+  int64_t bytes;
+};
+
 struct alignas(64) RowBackwardScratch {
   float dt[backward_steps], slope[backward_steps], u[backward_steps], g[backward_steps], a[backward_steps], ah[backward_steps],
       d_dt[backward_steps], d_u[backward_steps], y[backward_steps];
