@@ -99,21 +99,26 @@ void backward_direction(const Ss2dBackwardTask& task, int64_t k, float* slab) {
       low_rank(steps, rows, R, task.weight, bias, task.v, n);
       step_sizes_and_slopes(task.v, task.dt, n);
     }
+    const int64_t turned_row = chunk + 16;  // off a power of two
     float* const tiles[] = {task.d_B, task.d_C, task.d_dt};
     for (float* tile : tiles) fill_row(tile + n * W, 0.0f, (padded - n) * W);
     for (int64_t state = 0; state < N; ++state) {
       const float *B = steps + (R + state) * group, *C = B + N * group;
+      float *slab_B = slab + (R + state) * plan.slab_row + p, *slab_C = slab_B + N * plan.slab_row;
       const V entering = lane_parameter(boundary + j * N + state, chunks * N, task.channels);
       const V exponent = load(task.A + state * W) * all(log2_e);
-      // -- recompute
-      together ? recompute_alone<reversed>(task, order, n, exponent, bias, steps, rows, R, entering)
-               : recompute_states<reversed>(task, order, n, exponent, B, rows, entering);
-      // -- walk
-      N == 1 ? walk_back<reversed, true, starts>(task, order, n, B, C, rows, state, sums)
-             : walk_back<reversed, false, starts>(task, order, n, B, C, rows, state, sums);
-      // -- sums
-      add_sums(task.d_B, slab + (R + state) * plan.slab_row + p, task.adds, padded);
-      add_sums(task.d_C, slab + (R + N + state) * plan.slab_row + p, task.adds, padded);
+      if (together) {
+        recompute_alone<reversed>(task, order, n, exponent, bias, steps, rows, R, entering);
+      } else if (N == 1) {
+        recompute_apart<reversed, true>(task, order, n, exponent, B, rows, entering);
+      } else {
+        recompute_apart<reversed, false>(task, order, n, exponent, B, rows, entering);
+        walk_back<reversed>(task, order, n, B, C, rows, state);
+        add_sums(task.d_B, slab_B, task.adds, padded);
+        add_sums(task.d_C, slab_C, task.adds, padded);
+        continue;
+      }
+      walk_back_alone<reversed, starts>(task, order, n, B, C, rows, slab_B, slab_C, turned_row, sums);
     }
     if (N != 1)
       for (int64_t t = 0; t < n; ++t) {
@@ -125,9 +130,7 @@ void backward_direction(const Ss2dBackwardTask& task, int64_t k, float* slab) {
         store(task.d_x + at, (starts ? g * task.skip : load(task.d_x + at)) + load(task.d_u + t * W));
         if constexpr (starts) sums.skip = fma(g, load(task.x + at), sums.skip);
       }
-    // -- turn
-    const int64_t turned_row = chunk + 16;  // off a power of two
-    turn_tile(task.d_dt, task.turned, turned_row, padded);
+    if (N != 1) turn_tile(task.d_dt, task.turned, turned_row, padded);
     // -- products
     for (int64_t part = 0, parts = divide_up(R, octet); part < parts; ++part) {
       const int64_t r = part * R / parts, together = (part + 1) * R / parts - r;

@@ -167,14 +167,6 @@ struct ProductParts {
   }
 };
 
-// Whether SoftplusNear serves an octet.
-inline bool near_zero(const float* v) {
-  V largest = all(0.0f);
-#pragma GCC unroll 8
-  for (int i = 0; i < octet; ++i) largest = SoftplusNear::further(largest, load(v + i * W));
-  return SoftplusNear::serves(largest);
-}
-
 // v = weight x_dbl + bias for n steps, rounded up to octets.
 inline void low_rank(const float* x_dbl, int64_t rows, int64_t rank, const float* weight, V bias, float* v, int64_t n) {
   for (int64_t t = 0; t < n; t += octet) {

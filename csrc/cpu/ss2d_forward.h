@@ -33,7 +33,7 @@ inline void forward_step(V step, const float* x, float* y, V skip, V exponent, c
 
 // A direction with one state, three octets of steps at once: while one is walked, the softplus of the next and the low-rank product
 // of the one after it are computed in between. They use different pipes, and a step's long chain of dependent operations is cut in
-// pieces. Softplus is the one for v near 0; an octet with others is done in loops of their own.
+// pieces. Softplus is the one for v near 0; of an octet with others it is computed again.
 template <bool reversed, bool starts>
 void forward_alone(const Ss2dForwardTask& task, int64_t k, V bias, V exponent, float* boundary) {
   const Ss2dSizes& sizes = task.f.sizes;
@@ -59,7 +59,7 @@ void forward_alone(const Ss2dForwardTask& task, int64_t k, V bias, V exponent, f
       scatter_lanes(h, boundary + p / sizes.chunk, sizes.chunks, task.channels);
     ahead.fetch();
     const float *B = packed + packed_step(p, rows) + R * group, *C = B + group;
-    if (n < octet || !near_zero(v)) {
+    if (n < octet) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t t = reversed ? n - 1 - i : i, at = order[p + t] * int64_t{W};
         forward_step<starts>(load(dt + t * W), xs + at, y + at, skip, exponent, B + t, C + t, h);
@@ -82,6 +82,7 @@ void forward_alone(const Ss2dForwardTask& task, int64_t k, V bias, V exponent, f
       forward_step<starts>(load(dt + t * W), xs + at, y + at, skip, exponent, B + t, C + t, h);
       store(dt + t * W, near(load(v + t * W)));
     }
+    if (near.was_far()) step_sizes_of_lanes(v, dt, octet);
 #pragma GCC unroll 8
     for (int i = 0; i < octet; ++i) store(v + i * W, sum[i]);
   }

@@ -33,45 +33,49 @@ struct SoftplusAndSlope {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) coefficients[i] = in_register(load(softplus_slope_coefficients[i]));
   }
-  // v becomes its softplus. Step by step for all four vectors, by force: the processor does not look far enough ahead to interleave them.
-  void operator()(Block& v, Block& slope) {
-    V index[4], r[4], derivative[4], q[4];
+  // v becomes its softplus. Step by step for all n vectors, by force: the processor does not look far enough ahead to interleave them.
+  template <int n>
+  void apply(V* v, V* slope) {
+    V index[n], r[n], derivative[n], q[n];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const V t = magnitude(v.v[i]);
+    for (int i = 0; i < n; ++i) {
+      const V t = magnitude(v[i]);
       largest = larger_bits(largest, t);
       index[i] = t + all(to_whole);
       r[i] = t - (index[i] - all(to_whole));
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < n; ++i) {
       derivative[i] = table(coefficients[7], index[i]);
       q[i] = in_register(fma(derivative[i], r[i], table(coefficients[6], index[i])));
     }
 #pragma GCC unroll 5
     for (int k = 5; k > 0; --k)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < n; ++i) {
         derivative[i] = in_register(fma(derivative[i], r[i], q[i]));
         q[i] = in_register(fma(q[i], r[i], table(coefficients[k], index[i])));
       }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < n; ++i) {
       derivative[i] = fma(derivative[i], r[i], q[i]);  // of log(1 + exp(-t)): minus the slope at -t
-      slope.v[i] = magnitude(one_more_where_not_negative(v.v[i], derivative[i]));
-      v.v[i] = fma(q[i], r[i], table(coefficients[0], index[i]) + larger_bits(v.v[i], all(0.0f)));
+      slope[i] = magnitude(one_more_where_not_negative(v[i], derivative[i]));
+      v[i] = fma(q[i], r[i], table(coefficients[0], index[i]) + larger_bits(v[i], all(0.0f)));
     }
   }
+  void operator()(V& v, V& slope) { apply<1>(&v, &slope); }
+  void operator()(Block& v, Block& slope) { apply<4>(v.v, slope.v); }
   bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its results are not valid
 };
 #else
 struct SoftplusAndSlope {
+  void operator()(V& v, V& slope) const {
+    const V e = exp_of_negative_magnitude(v);
+    slope = sigmoid_from(v, e);
+    v = softplus_from(v, e);
+  }
   void operator()(Block& v, Block& slope) const {
-    for (int i = 0; i < 4; ++i) {
-      const V e = exp_of_negative_magnitude(v.v[i]);
-      slope.v[i] = sigmoid_from(v.v[i], e);
-      v.v[i] = softplus_from(v.v[i], e);
-    }
+    for (int i = 0; i < 4; ++i) (*this)(v.v[i], slope.v[i]);
   }
   bool was_far() const { return false; }
 };
