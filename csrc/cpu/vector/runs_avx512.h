@@ -14,9 +14,7 @@ inline __m512i runs_of_pairs(int half) {
   return _mm512_add_epi32(_mm512_setr_epi32(0, 16, 4, 20, 8, 24, 12, 28, 1, 17, 5, 21, 9, 25, 13, 29), _mm512_set1_epi32(2 * half));
 }
 
-__attribute__((always_inline)) inline void store_pairs(uint16_t* p, __m512i first, __m512i second, bool streamed) {
-  const __m512i low = _mm512_permutex2var_epi32(first, runs_of_pairs(0), second);
-  const __m512i high = _mm512_permutex2var_epi32(first, runs_of_pairs(1), second);
+__attribute__((always_inline)) inline void store_halves(uint16_t* p, __m512i low, __m512i high, bool streamed) {
   if (streamed) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), low);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32), high);
@@ -24,6 +22,11 @@ __attribute__((always_inline)) inline void store_pairs(uint16_t* p, __m512i firs
     _mm512_storeu_si512(p, low);
     _mm512_storeu_si512(p + 32, high);
   }
+}
+__attribute__((always_inline)) inline void store_pairs(uint16_t* p, __m512i first, __m512i second, bool streamed) {
+  const __m512i low = _mm512_permutex2var_epi32(first, runs_of_pairs(0), second);
+  const __m512i high = _mm512_permutex2var_epi32(first, runs_of_pairs(1), second);
+  store_halves(p, low, high, streamed);
 }
 
 __attribute__((always_inline)) inline void runs_of_bfloat16(__m512i low, __m512i high, V* runs) {
@@ -90,13 +93,7 @@ __attribute__((always_inline)) inline void convert_runs_bfloat16(uint16_t* p, co
                                                       1, 17, 33, 49, 5, 21, 37, 53, 9,  25, 41, 57, 13, 29, 45, 61};
   const __m512i of_low = _mm512_load_si512(places), of_high = _mm512_add_epi16(of_low, _mm512_set1_epi16(2));
   const __m512i low = _mm512_permutex2var_epi16(first, of_low, second), high = _mm512_permutex2var_epi16(first, of_high, second);
-  if (streamed) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), low);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + 32), high);
-  } else {
-    _mm512_storeu_si512(p, low);
-    _mm512_storeu_si512(p + 32, high);
-  }
+  store_halves(p, low, high, streamed);
 }
 #endif
 
