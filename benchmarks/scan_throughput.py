@@ -194,7 +194,8 @@ def run(options: Options, console: Console) -> dict:
             notes["arithmetic floor"] = str(problem)
     for name in (*options.backend, *(options.peers or ())):
         if name not in {n.removeprefix("dass_ops ") for n in session.bench.known}:
-            why = session.bench.missing.get(name) or "python -m dass_ops says what can run here"
+            there = "; ".join(n.removeprefix("dass_ops ") for n in session.bench.known)
+            why = session.bench.missing.get(name) or f"there is no such backend or peer. There are: {there}"
             raise SystemExit(f"{name} cannot be measured on {options.device}: {why}.")
     result = {
         "benchmark": "scan_throughput",
