@@ -42,15 +42,24 @@ inline V in_register(V x) {  // GCC otherwise reads what it loaded from memory a
   asm("" : "+v"(x));
   return x;
 }
-inline V one_more_where_not_negative(V x, V a) {
-  return _mm512_mask_add_ps(a, _mm512_cmpge_epi32_mask(_mm512_castps_si512(x), _mm512_setzero_si512()), a, all(1.0f));
-}
+inline __mmask16 not_negative(V x) { return _mm512_cmpge_epi32_mask(_mm512_castps_si512(x), _mm512_setzero_si512()); }
+inline V plus_where_not_negative(V a, V x) { return _mm512_mask_add_ps(a, not_negative(x), a, x); }
+inline V one_minus_where_not_negative(V x, V a) { return _mm512_mask_sub_ps(a, not_negative(x), all(1.0f), a); }
 inline V magnitude(V x) { return _mm512_abs_ps(x); }
 // Of numbers that are not negative as their bits are ordered: NaN is the largest. Integer operations have more pipes than others.
 inline V larger_bits(V a, V b) {
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
 inline bool any_beyond(V x, float limit) { return _mm512_cmp_ps_mask(x, all(limit), _CMP_NLE_UQ) != 0; }
+// Bits that are set in any of them.
+inline V any_bits(V a, V b, V c) {
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b), _mm512_castps_si512(c), 0xfe));
+}
+inline bool any_bits_but_lowest_4(V x, float of) {
+  const __m512i others = _mm512_xor_si512(_mm512_castps_si512(x), _mm512_castps_si512(all(of)));
+  return _mm512_test_epi32_mask(others, _mm512_set1_epi32(~15)) != 0;
+}
 inline V where_beyond(V x, float limit, V a, V b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, all(limit), _CMP_NLE_UQ), b, a);
 }

@@ -44,7 +44,7 @@ constexpr float to_whole = 12582912.0f;  // added to |x| < 2^22, leaves the near
 #if defined(DASS_VECTOR_TABLE)
 // Without the exponential: log(1 + exp(-t)) as one polynomial for each t = |v| within 1/2 of a whole number. Coefficients fitted for
 // the least relative error, one after the other, each rounded before the next; a third fewer operations than by way of e.
-constexpr float softplus_near = 15.25f;
+constexpr float softplus_near = 15.499999f;  // beyond, the nearest whole number is not in the tables
 alignas(64) constexpr float softplus_coefficients[7][16] = {
     {6.931472e-01f, 3.132617e-01f, 1.2692802e-01f, 4.8587352e-02f, 1.8149927e-02f, 6.7153485e-03f, 2.4756852e-03f, 9.114665e-04f,
      3.3540637e-04f, 1.2340219e-04f, 4.53989e-05f, 1.6701562e-05f, 6.1441933e-06f, 2.260327e-06f, 8.315284e-07f, 3.059023e-07f},
@@ -71,15 +71,13 @@ struct SoftplusNear {
   }
   V operator()(V v) {
     const V t = magnitude(v), index = t + all(to_whole), r = t - (index - all(to_whole));
-    largest = further(largest, v);
+    largest = larger_bits(largest, t);
     V q = table(coefficients[6], index);
 #pragma GCC unroll 5
     for (int i = 5; i > 0; --i) q = fma(q, r, table(coefficients[i], index));
     return fma(q, r, table(coefficients[0], index) + larger_bits(v, all(0.0f)));
   }
-  static V further(V largest, V v) { return larger_bits(largest, magnitude(v)); }
-  static bool serves(V largest) { return !any_beyond(largest, softplus_near); }
-  bool was_far() const { return !serves(largest); }  // some v so far: its result is not valid
+  bool was_far() const { return any_beyond(largest, softplus_near); }  // some v so far: its result is not valid
 };
 inline V softplus(V v) {
   const V e = exp_of_negative_magnitude(v), far = fma(e * all(-0.5f), e, e) + larger(all(0.0f), v);
@@ -106,8 +104,6 @@ inline V softplus_from(V v, V e) { return log_one_plus(e, larger(all(0.0f), v));
 inline V softplus(V v) { return softplus_from(v, exp_of_negative_magnitude(v)); }
 struct SoftplusNear {
   V operator()(V v) const { return softplus(v); }
-  static V further(V largest, V) { return largest; }
-  static bool serves(V) { return true; }
   bool was_far() const { return false; }
 };
 #endif
