@@ -64,7 +64,7 @@ class Options:
     """Shapes on which the compiled peer runs; compiling takes up to a minute each. One: the shortest, its forward only, at
     the end of a run that has taken less than 36 s."""
     warm: bool = False
-    """Time every call right after one like it on the same data, not from cold caches."""
+    """Time every call as one of a loop over the same data, not from cold caches."""
     seconds: float = 2.0
     """Of timing, per group of rows (a shape and batch)."""
     limit: float = 3.0

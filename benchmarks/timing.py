@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 SLOW = 1.0  # seconds; a candidate whose call takes longer is content with a single sample
+WARMING = 0.005  # seconds; before a warm call
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Clock:
     host issues the call, so that short kernels are timed and not their launch.
 
     `before` (CPU) is called just before the clock starts. Cold caches have lost the code as well: a call that does the same
-    on other data brings it back, as the layers of a model do for each other. Warm: the same call, which leaves its data too.
+    on other data brings it back, as the layers of a model do for each other. Warm: the same call, which leaves its data too,
+    again and again for WARMING seconds, so that the timed one is one of a loop's.
     """
 
     def __init__(self, device: str | torch.device, *, cold: bool = True):
@@ -80,7 +82,7 @@ class Clock:
         if self.cold:
             self._filler.sum()
         if before is not None:
-            before()
+            self._prepare(before)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         result = call()
@@ -88,6 +90,12 @@ class Clock:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         del result
         return Sample(seconds, faults)
+
+    def _prepare(self, before: Callable[[], object]) -> None:
+        end = time.perf_counter() + (0 if self.cold else WARMING)
+        before()
+        while time.perf_counter() < end:
+            before()
 
     def _once_cuda(self, call: Callable[[], object]) -> Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

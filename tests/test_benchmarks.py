@@ -1,5 +1,6 @@
 """The benchmarks run, check what they time, and write what they promise to write. Nothing here looks at a time."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from model_scans import LOOP, NOTHING, scanning_with, scans  # noqa: E402
 from problems import OPS, SHAPES, TINY, Problem, floor_seconds, multiply_add_slots  # noqa: E402
 from session import Case, Session  # noqa: E402
 from targets import targets  # noqa: E402
-from timing import Candidate, Sample, Statistics, peak_memory, round_robin, saved_for_backward  # noqa: E402
+from timing import WARMING, Candidate, Clock, Sample, Statistics, peak_memory, round_robin, saved_for_backward  # noqa: E402
 
 import dass_ops  # noqa: E402
 
@@ -123,6 +124,17 @@ def test_a_short_call_is_told_from_what_is_measured_around_it(training, monkeypa
     call, code = bench._calls[case]
     assert row.status == "measured" and 0 < row.first_seconds < module.SHORT
     assert callable(call) and callable(code)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_what_a_timed_call_finds_in_the_caches(cold, monkeypatch):
+    """Warm: what calls like it, for some time, have left there. Cold: the code alone, which one call brings back."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 0.4 * WARMING)
+    calls = []
+    sample = Clock("cpu", cold=cold).once(lambda: calls.append("timed"), lambda: calls.append("before"))
+    assert calls == (["before"] if cold else ["before"] * 3) + ["timed"]
+    assert sample.seconds == pytest.approx(0.4 * WARMING)
 
 
 def test_a_peer_that_memory_would_not_hold_is_left_out(monkeypatch):
