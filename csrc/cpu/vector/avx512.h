@@ -43,7 +43,7 @@ inline V in_register(V x) {  // GCC otherwise reads what it loaded from memory a
   return x;
 }
 inline __mmask16 not_negative(V x) { return _mm512_cmpge_epi32_mask(_mm512_castps_si512(x), _mm512_setzero_si512()); }
-inline V plus_where_not_negative(V a, V x) { return _mm512_mask_add_ps(a, not_negative(x), a, x); }
+inline V plus_where_not_negative(V x, V a) { return _mm512_mask_add_ps(a, not_negative(x), a, x); }
 inline V one_minus_where_not_negative(V x, V a) { return _mm512_mask_sub_ps(a, not_negative(x), all(1.0f), a); }
 inline V magnitude(V x) { return _mm512_abs_ps(x); }
 // Of numbers that are not negative as their bits are ordered: NaN is the largest. Integer operations have more pipes than others.

@@ -45,7 +45,7 @@ struct SoftplusAndSlope {
       r[i] = (index[i] - all(to_whole)) - t;
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < n; i += 2) seen = any_bits(seen, index[i], index[i + 1 < n ? i + 1 : i]);
+    for (int i = 0; i < n; i += 2) seen = any_bits(seen, index[i], index[(i + 1) % n]);
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
       derivative[i] = table(coefficients[7], index[i]);
@@ -62,7 +62,7 @@ struct SoftplusAndSlope {
     for (int i = 0; i < n; ++i) {
       derivative[i] = fma(derivative[i], r[i], q[i]);  // the slope at -t
       slope[i] = one_minus_where_not_negative(v[i], derivative[i]);
-      v[i] = fma(q[i], r[i], plus_where_not_negative(table(coefficients[0], index[i]), v[i]));
+      v[i] = fma(q[i], r[i], plus_where_not_negative(v[i], table(coefficients[0], index[i])));
     }
   }
   void operator()(V& v, V& slope) { apply<1>(&v, &slope); }
