@@ -28,7 +28,8 @@ def unpacked(source: Path) -> Path:
     target = FOLDER / source.name.removesuffix(".gz").removesuffix(".tar")
     if not target.is_dir():
         with tarfile.open(source) as archive:
-            archive.extractall(FOLDER, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+            archive.extractall(FOLDER)
     return target
 
 
